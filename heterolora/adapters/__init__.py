@@ -1,0 +1,1 @@
+"""The low-rank maps: families of adapters that live at sites."""

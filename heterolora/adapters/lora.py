@@ -1,0 +1,94 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): ``delta(x) = scale * B A x``."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from heterolora.adapters.base import AdditiveCost
+from heterolora.errors import SettingError
+from heterolora.seeds import derive
+from heterolora.sites import Site
+
+
+class LowRank(nn.Module):
+    """The map ``x -> scale * B (A dropout(x))``.
+
+    Args:
+        A: ``[rank, in]``.
+        B: ``[out, rank]``.
+        scale: factor of the product.
+        dropout: probability with which an input feature is dropped in training.
+    """
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float) -> None:  # noqa: N803
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.scale = scale
+        self.dropout = dropout
+
+    @property
+    def rank(self) -> int:
+        """Units of rank held."""
+        return self.A.shape[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The delta, ``[..., in] -> [..., out]``, in the factors' dtype (under autocast: in its dtype)."""
+        x = x.to(self.A.dtype)
+        if self.dropout and self.training:
+            x = functional.dropout(x, self.dropout)
+        # The scale acts on the narrow side: rank numbers a token instead of `out`.
+        return functional.linear(functional.linear(x, self.A) * self.scale, self.B)
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """LoRA with one scale rule for all sites.
+
+    Args:
+        scaling: ``constant`` (the same scale whatever the rank), ``alpha_over_r`` (LoRA's own rule) or
+            ``alpha_over_sqrt_r`` (rsLoRA, arXiv 2312.03732); under the last two, ``scale`` is alpha.
+        scale: the scale, or alpha; one number, or one for each kind of site, e.g. ``{lora: 2.0, shortcut: 1.0}``.
+        dropout: probability with which an adapter's input feature is dropped in training.
+    """
+
+    scaling: Literal["constant", "alpha_over_r", "alpha_over_sqrt_r"]
+    scale: float | Mapping[str, float]
+    dropout: float
+
+    def __post_init__(self) -> None:
+        scales = self.scale if isinstance(self.scale, Mapping) else {"scale": self.scale}
+        if not scales or not all(math.isfinite(value) and value != 0 for value in scales.values()):
+            raise SettingError("scale", self.scale, "a finite number other than 0")
+        if not 0 <= self.dropout < 1:
+            raise SettingError("dropout", self.dropout, "a probability from 0 up to, not including, 1")
+
+    def scale_at(self, site: Site, rank: int) -> float:
+        """Factor of ``B A`` at this site and rank."""
+        if isinstance(self.scale, Mapping):
+            if site.kind not in self.scale:
+                raise SettingError("adapter.scale", dict(self.scale), f"a scale for sites of kind {site.kind} is missing")
+            alpha = self.scale[site.kind]
+        else:
+            alpha = self.scale
+        return alpha / {"constant": 1.0, "alpha_over_r": rank, "alpha_over_sqrt_r": math.sqrt(rank)}[self.scaling]
+
+    def build(self, site: Site, rank: int, seed: int) -> LowRank:
+        """``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0`` (LoRA's initialisation), in float32 on the CPU.
+
+        Row k of A is drawn from ``(seed, site, k)`` alone, so that two allocations differ only where ranks differ.
+        """
+        generator = torch.Generator().manual_seed(derive(seed, "adapter", site.name))
+        bound = 1 / math.sqrt(site.in_features)
+        rows = [torch.empty(site.in_features).uniform_(-bound, bound, generator=generator) for _ in range(rank)]
+        zeros = torch.zeros(site.out_features, rank)
+        return LowRank(torch.stack(rows), zeros, self.scale_at(site, rank), self.dropout)
+
+    def cost(self, sites: Sequence[Site]) -> AdditiveCost:
+        """``rank * (in + out)`` for each site."""
+        return AdditiveCost({site.name: site.in_features + site.out_features for site in sites})

@@ -1,0 +1,106 @@
+"""What an allocator is, how scores become gains per unit of rank, and how ties are broken."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+from heterolora.adapters.base import Cost
+from heterolora.allocation import Allocation
+from heterolora.budget import SiteCount
+from heterolora.errors import SettingError
+from heterolora.seeds import derive
+from heterolora.sites import Site
+
+Gains: TypeAlias = Mapping[str, Sequence[float]]
+"""Site name -> value of each unit of rank, never increasing; its length is the largest rank the site may get."""
+
+Normalise: TypeAlias = Literal["none", "per_parameter", "per_group"]
+Expand: TypeAlias = Literal["harmonic", "flat"]
+
+
+@dataclass(frozen=True)
+class GainRule:
+    """How a proxy's scores become gains.
+
+    Attributes:
+        gain: what the k-th unit of rank is worth where the proxy gives one number s for the site: ``harmonic`` s/k,
+            or ``flat`` s.
+        max_rank: no site gets more.
+        normalise: ``none``; ``per_parameter``: divided by what a unit of rank costs; ``per_group``: divided by the mean
+            of the site's group.
+    """
+
+    gain: Expand
+    max_rank: int
+    normalise: Normalise
+
+    def __post_init__(self) -> None:
+        if self.max_rank < 1:
+            raise SettingError("allocator.max_rank", self.max_rank, "a whole number of at least 1")
+
+    def gains(
+        self, scores: Mapping[str, float | Sequence[float]], sites: Sequence[Site], groups: Mapping[str, str]
+    ) -> dict[str, list[float]]:
+        """Gains of each site; a site holds no more rank than min(in, out), beyond which it adds nothing."""
+        factors = self._factors(scores, sites, groups)
+        gains = {}
+        for site in sites:
+            score, limit = scores[site.name], min(self.max_rank, site.in_features, site.out_features)
+            if isinstance(score, Sequence):
+                values = list(score[:limit])
+            else:
+                values = [score / k if self.gain == "harmonic" else score for k in range(1, limit + 1)]
+            gains[site.name] = [value * factors[site.name] for value in values]
+        return gains
+
+    def _factors(
+        self, scores: Mapping[str, float | Sequence[float]], sites: Sequence[Site], groups: Mapping[str, str]
+    ) -> dict[str, float]:
+        if self.normalise == "per_parameter":
+            return {site.name: 1 / (site.in_features + site.out_features) for site in sites}
+        if self.normalise == "per_group":
+            sizes: dict[str, list[float]] = {}
+            for site in sites:
+                score = scores[site.name]
+                sizes.setdefault(groups[site.name], []).append(sum(score) if isinstance(score, Sequence) else score)
+            means = {group: sum(values) / len(values) for group, values in sizes.items()}
+            if flat := [group for group, mean in means.items() if mean == 0]:
+                raise SettingError("allocator.normalise", "per_group", f"all scores of {flat} are 0; use none")
+            return {site.name: 1 / means[groups[site.name]] for site in sites}
+        return {site.name: 1.0 for site in sites}
+
+
+class Allocator(Protocol):
+    """Decides the rank of every site."""
+
+    @property
+    def gain_rule(self) -> GainRule | None:
+        """How scores become gains; None: the allocator looks at no scores, and none need be computed."""
+
+    def allocate(
+        self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]
+    ) -> Allocation:
+        """Ranks within the budget.
+
+        Args:
+            gains: value of each unit of rank at each site.
+            cost: parameters that ranks hold.
+            budget: parameters allowed, or a number of sites.
+            groups: site name -> family, for rules that treat families apart.
+        """
+
+
+def tie_order(seed: int, name: str) -> int:
+    """A site's place among equals: a draw that depends on the seed and its name alone, not on the other sites."""
+    return derive(seed, "tie", name)
+
+
+def parameters_only(budget: int | SiteCount, allocator: str) -> int:
+    """The budget as a number of parameters.
+
+    Raises:
+        SettingError: if it is a number of sites, which only ``top`` understands.
+    """
+    if isinstance(budget, SiteCount):
+        raise SettingError("budget", "fraction", f"counts sites, which allocator={allocator} cannot; use allocator=top")
+    return budget

@@ -1,0 +1,75 @@
+"""The paper's allocator: one rank for the best sites."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from heterolora.adapters.base import Cost
+from heterolora.allocation import Allocation
+from heterolora.allocators.base import GainRule, Gains, Normalise, tie_order
+from heterolora.budget import SiteCount
+from heterolora.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Top:
+    """A fixed rank for the sites with the largest gain, nothing for the others (HeteroLoRA, arXiv 2406.14956).
+
+    The best sites are taken in order until the next one does not fit; what is left is reported as unspent.
+
+    Args:
+        mode: ``combined`` ranks all sites in one list; ``separate`` gives each group its own list and its share of the
+            budget (in proportion to what the whole group would cost).
+        rank: rank of each chosen site.
+        normalise: how scores of different sites are made comparable.
+        seed: order of ties.
+    """
+
+    mode: Literal["combined", "separate"]
+    rank: int
+    normalise: Normalise
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise SettingError("rank", self.rank, "a whole number of at least 1")
+
+    @property
+    def gain_rule(self) -> GainRule:
+        """One value a site matters; ``flat`` keeps its order."""
+        return GainRule("flat", self.rank, self.normalise)
+
+    def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
+        """Ranks ``rank`` or 0."""
+        if small := [name for name, values in gains.items() if len(values) < self.rank]:
+            raise SettingError("allocator.rank", self.rank, f"more than min(in, out) at {small[:3]}")
+        if isinstance(budget, SiteCount) and budget.rank != self.rank:
+            raise SettingError("allocator.rank", self.rank, f"must equal budget.rank={budget.rank}")
+        order = sorted(gains, key=lambda name: (-sum(gains[name]), tie_order(self.seed, name)))
+        lists = [order]
+        if self.mode == "separate":
+            lists = [[name for name in order if groups[name] == group] for group in sorted(set(groups.values()))]
+        chosen = [name for names in lists for name in self._best(names, cost, budget, groups, gains)]
+        ranks = {name: self.rank if name in set(chosen) else 0 for name in gains}
+        return Allocation(ranks, cost(ranks), budget if isinstance(budget, int) else None)
+
+    def _best(
+        self,
+        names: Sequence[str],
+        cost: Cost,
+        budget: int | SiteCount,
+        groups: Mapping[str, str],
+        gains: Gains,
+    ) -> Sequence[str]:
+        if isinstance(budget, SiteCount):
+            count = budget.total if self.mode == "combined" else budget.counts[groups[names[0]]]
+            return names[:count]
+        if self.mode == "separate":
+            everything = cost(dict.fromkeys(gains, self.rank))
+            budget = budget * cost(dict.fromkeys(names, self.rank)) // everything
+        taken: list[str] = []
+        for name in names:
+            if cost(dict.fromkeys([*taken, name], self.rank)) > budget:
+                break
+            taken.append(name)
+        return taken

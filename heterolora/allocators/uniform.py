@@ -1,0 +1,33 @@
+"""The same rank everywhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from heterolora.adapters.base import Cost
+from heterolora.allocation import Allocation
+from heterolora.allocators.base import Gains, parameters_only
+from heterolora.budget import SiteCount
+from heterolora.errors import SettingError
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The largest rank that all sites of the space can have within the budget; what is left is reported as unspent."""
+
+    @property
+    def gain_rule(self) -> None:
+        """It looks at no scores."""
+        return None
+
+    def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
+        """One rank for all."""
+        allowed = parameters_only(budget, "uniform")
+        if (cheapest := cost(dict.fromkeys(groups, 1))) > allowed:
+            raise SettingError(
+                "budget", allowed, f"rank 1 at all {len(groups)} sites costs {cheapest}; give more, or a smaller space"
+            )
+        rank = 1
+        while cost(dict.fromkeys(groups, rank + 1)) <= allowed:
+            rank += 1
+        ranks = dict.fromkeys(groups, rank)
+        return Allocation(ranks, cost(ranks), allowed)

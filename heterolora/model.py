@@ -1,0 +1,401 @@
+"""The adapted model: a frozen backbone, its sites, and the adapters that live at some of them.
+
+Adapters are attached by forward hooks. The backbone's modules, names and ``state_dict`` are never touched, whatever
+computes a sink's value (``nn.Linear``, ``Conv1D``, a quantised layer) is not asked, and a site without an adapter costs
+nothing, not even a hook.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from heterolora.adapters.base import AdapterFamily
+from heterolora.errors import SettingError
+from heterolora.layouts import HookPoint, Junction
+from heterolora.sites import Port, Site, Tap
+from heterolora.space import Space
+
+Observer = Callable[[Site, torch.Tensor, torch.Tensor], None]
+"""Called with a site, what its source holds ``[..., in]`` and the loss gradient at its sink ``[..., out]``."""
+
+
+class _Run:
+    """What one forward call has seen so far; never copied, so that a copied model starts clean."""
+
+    def __init__(self) -> None:
+        self.taps: dict[Tap, torch.Tensor] = {}
+        self.shifts: dict[Junction, torch.Tensor] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
+        return _Run()
+
+
+@dataclass
+class _Probing:
+    """An open observation: whom to tell, which sites, and the zero through which gradients arrive."""
+
+    observer: Observer
+    names: frozenset[str]
+    zero: torch.Tensor
+
+
+@dataclass
+class _Join:
+    """The sites that meet at one junction."""
+
+    junction: Junction
+    sites: list[Site] = field(default_factory=list)
+
+
+@dataclass
+class _Hook:
+    """Everything that happens at one point: writes first, then reads."""
+
+    model: "AdaptedModel"
+    point: HookPoint
+    writes: list[_Join] = field(default_factory=list)
+    reads: list[Tap] = field(default_factory=list)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        index = self.point.index or 0
+        if len(args) <= index:
+            raise RuntimeError(f"{self.point.module} was called without positional input {index}; its layout is wrong")
+        value = self._value(args[index], None)
+        return (*args[:index], value, *args[index + 1 :]) if self.writes else None
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        index = self.point.index
+        own_input = args[0] if args else None
+        if index is None:
+            return self._value(output, own_input)
+        value = self._value(output[index], own_input)
+        return (*output[:index], value, *output[index + 1 :]) if self.writes else None
+
+    def _value(self, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor:
+        for join in self.writes:
+            value = self.model._join(join, self.point, value, own_input)
+        for tap in self.reads:
+            self.model._run.taps[tap] = value
+        return value
+
+
+class AdaptedModel(nn.Module):
+    """A backbone with low-rank maps at the sites of a search space.
+
+    Attaching freezes the backbone except for ``head``, and adds nothing: every site starts without an adapter.
+
+    Args:
+        backbone: the pretrained model; used as it is, not copied.
+        space: the candidate sites.
+        family: makes the adapters and says what they cost.
+        head: names of the backbone's parameters that are trained (the task's head).
+    """
+
+    def __init__(
+        self, backbone: nn.Module, space: Space, family: AdapterFamily, head: Iterable[str] = ()
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapters = nn.ModuleDict()
+        self.space = space
+        self.family = family
+        self.head = frozenset(head)
+        self._sites = {site.name: site for site in space.sites}
+        self._off: frozenset[str] = frozenset()
+        self._run = _Run()
+        self._probing: _Probing | None = None
+        self._handles: list[Any] = []
+        parameters = dict(backbone.named_parameters())
+        if missing := self.head - parameters.keys():
+            raise KeyError(f"no such parameters in the backbone: {sorted(missing)}")
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in self.head)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's forward, with every adapter that is on."""
+        return self.backbone(*args, **kwargs)
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
+
+    def adapter(self, name: str) -> nn.Module:
+        """The adapter at a site.
+
+        Raises:
+            KeyError: if the site holds none.
+        """
+        return self.adapters[_key(name)]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank held by each site of the space; 0: no adapter."""
+        held = {name: self.adapters[_key(name)].rank for name in self._sites if _key(name) in self.adapters}
+        return {name: int(held.get(name, 0)) for name in self._sites}  # type: ignore[arg-type]
+
+    def enable(self, ranks: Mapping[str, int], seed: int) -> None:
+        """Give each site a fresh adapter of this rank; sites of rank 0, or not named, hold nothing afterwards.
+
+        Args:
+            ranks: site name -> rank.
+            seed: adapters are drawn from ``(seed, site name)``.
+        """
+        if unknown := ranks.keys() - self._sites.keys():
+            raise KeyError(f"not in the search space: {sorted(unknown)}")
+        device = next(self.backbone.parameters()).device
+        dtype = _adapter_dtype(self.backbone)
+        fresh = {
+            name: self.family.build(site, ranks[name], seed).to(device=device, dtype=dtype)
+            for name, site in self._sites.items()
+            if ranks.get(name, 0) > 0
+        }
+        self._install(fresh)
+
+    def _install(self, adapters: Mapping[str, nn.Module]) -> None:
+        self.adapters = nn.ModuleDict({_key(name): adapters[name] for name in self._sites if name in adapters})
+        self.adapters.train(self.training)
+        self._off = frozenset()
+        self._rehook()
+
+    @contextmanager
+    def swapped(self, adapters: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Other adapters for a while; those held before come back on exit, untouched."""
+        before, off = {name: self.adapter(name) for name, rank in self.ranks.items() if rank}, self._off
+        self._install(adapters)
+        try:
+            yield
+        finally:
+            self._install(before)
+            self.switch_off(off)
+
+    def switch_off(self, names: Iterable[str]) -> None:
+        """Keep these adapters but skip them; all others that are held are on."""
+        names = frozenset(names)
+        if unknown := names - {name for name, rank in self.ranks.items() if rank}:
+            raise KeyError(f"no adapter is held at: {sorted(unknown)}")
+        self._off = names
+        self._rehook()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The backbone's own function for a while."""
+        off = self._off
+        self.switch_off(name for name, rank in self.ranks.items() if rank)
+        try:
+            yield
+        finally:
+            self.switch_off(off)
+
+    @property
+    def held_parameters(self) -> int:
+        """Trainable adapter parameters in memory."""
+        return sum(p.numel() for p in self.adapters.parameters())
+
+    @property
+    def active_parameters(self) -> int:
+        """Trainable adapter parameters of the sites that are switched on."""
+        return sum(
+            p.numel() for name in self.ranks if name not in self._off and _key(name) in self.adapters
+            for p in self.adapter(name).parameters()
+        )  # fmt: skip
+
+    def head_state_dict(self) -> dict[str, torch.Tensor]:
+        """The trained parameters of the backbone's head, by their own names."""
+        return {name: p.detach() for name, p in self.backbone.named_parameters() if name in self.head}
+
+    def adapter_state_dict(self) -> dict[str, torch.Tensor]:
+        """``<site>.A`` ``[rank, in]`` and ``<site>.B`` ``[out, rank]`` of every site that holds an adapter."""
+        return {
+            f"{name}.{key}": value.detach()
+            for name, rank in self.ranks.items() if rank
+            for key, value in self.adapter(name).state_dict().items()
+        }  # fmt: skip
+
+    def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Fill the held adapters.
+
+        Raises:
+            KeyError: if the names are not exactly those of the held adapters.
+            RuntimeError: if a shape differs.
+        """
+        expected = self.adapter_state_dict().keys()
+        if state.keys() != expected:
+            raise KeyError(
+                f"adapter tensors differ: missing {sorted(expected - state.keys())}, "
+                f"unexpected {sorted(state.keys() - expected)}"
+            )
+        for name, rank in self.ranks.items():
+            if rank:
+                keys = self.adapter(name).state_dict().keys()
+                self.adapter(name).load_state_dict({key: state[f"{name}.{key}"] for key in keys})
+
+    # -- observation ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def probing(self, observer: Observer, names: Iterable[str]) -> Iterator[torch.Tensor]:
+        """Report source values and sink gradients of sites, whether they hold an adapter or not.
+
+        Yields a zero that takes part in the forward: ``torch.autograd.grad(loss, zero)`` runs the backward pass that
+        reaches the observer, and leaves no gradient on any parameter.
+
+        Args:
+            observer: called once for each observed site in each backward pass.
+            names: the sites to observe.
+        """
+        parameter = next(self.backbone.parameters())
+        zero = torch.zeros((), device=parameter.device, dtype=_adapter_dtype(self.backbone), requires_grad=True)
+        self._probing = _Probing(observer, frozenset(names), zero)
+        self._rehook()
+        try:
+            yield zero
+        finally:
+            self._probing = None
+            self._run = _Run()
+            self._rehook()
+
+    def gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass; right with shortcuts, and with several forwards before it.
+
+        Raises:
+            SettingError: if the backbone's class cannot.
+        """
+        kwargs = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
+        enable = getattr(self.backbone, "activation_checkpointing_enable", None)
+        if enable is None or not getattr(self.backbone, "supports_gradient_checkpointing", False):
+            raise SettingError("model.gradient_checkpointing", True, f"{type(self.backbone).__name__} cannot; use false")
+        enable(activation_checkpointing_kwargs=kwargs)
+
+    def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For torch's checkpoint: a recomputed block must see the taps of its own forward, not of a later one."""
+        return nullcontext(), self._reinstated(self._run)
+
+    @contextmanager
+    def _reinstated(self, run: _Run) -> Iterator[None]:
+        current, self._run = self._run, run
+        try:
+            yield
+        finally:
+            self._run = current
+
+    # -- hooks ------------------------------------------------------------------------------------------------------
+
+    def _rehook(self) -> None:
+        """Put hooks where adapters are on or observed, and nowhere else."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        observed = self._probing.names if self._probing else frozenset()
+        live = [s for n, s in self._sites.items() if n in observed or (_key(n) in self.adapters and n not in self._off)]
+        hooks: dict[tuple[str, str, int | None], _Hook] = {}
+
+        def hook_at(point: HookPoint) -> _Hook:
+            return hooks.setdefault((point.module, point.side, point.index), _Hook(self, point))
+
+        joins: dict[Junction, _Join] = {}
+        for site in live:
+            joins.setdefault(self._junction(site), _Join(self._junction(site))).sites.append(site)
+        # A longer delta joins after the span-1 deltas where both meet at one point (renorm acts on their sum).
+        for join in sorted(joins.values(), key=lambda join: any((site.span or 0) > 1 for site in join.sites)):
+            for point in join.junction.points:
+                hook_at(point).writes.append(join)
+        layout = self.space.survey.layout
+        for tap in dict.fromkeys(site.source for site in live if isinstance(site.source, Tap)):
+            assert layout is not None  # a space without a layout has no shortcuts
+            hook_at(layout.read(tap)).reads.append(tap)
+        for hook in hooks.values():
+            module = self.backbone.get_submodule(hook.point.module)
+            if hook.point.side == "pre":
+                self._handles.append(module.register_forward_pre_hook(hook.before))
+            else:  # before transformers' own capturing hooks, whenever those came
+                self._handles.append(module.register_forward_hook(hook.after, prepend=True))
+        if any(isinstance(site.source, Tap) for site in live):
+            assert layout is not None
+            parent = self.backbone.get_submodule(layout.blocks[0].rpartition(".")[0].rpartition(".")[0])
+            self._handles.append(parent.register_forward_pre_hook(self._begin))
+            self._handles.append(parent.register_forward_hook(self._end))
+
+    def _junction(self, site: Site) -> Junction:
+        if isinstance(site.sink, Port):
+            return Junction((HookPoint(site.sink.module, "post", None),))
+        layout, span = self.space.survey.layout, site.span
+        assert layout is not None and span is not None  # taps come from a layout
+        junction = layout.write(site.sink, span)
+        return junction if self.space.renorm and span > 1 else Junction(junction.points)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._run = _Run()
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        for block in self.backbone.modules():
+            if getattr(block, "gradient_checkpointing", False):
+                options = getattr(getattr(block, "_gradient_checkpointing_func", None), "keywords", {})
+                if options.get("context_fn") != self._checkpoint_contexts:
+                    raise RuntimeError(
+                        "gradient checkpointing was switched on from outside; with shortcuts, recomputed blocks would "
+                        "see the taps of another forward: call AdaptedModel.gradient_checkpointing() instead"
+                    )
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._run = _Run()  # autograd and checkpointing keep what they need; nothing else should
+
+    def _join(
+        self, join: _Join, point: HookPoint, value: torch.Tensor, own_input: torch.Tensor | None
+    ) -> torch.Tensor:
+        points = join.junction.points
+        if point != points[0]:
+            return value + self._run.shifts.pop(join.junction).reshape(value.shape)
+        delta = None
+        for site in join.sites:
+            if _key(site.name) in self.adapters and site.name not in self._off:
+                source = self._source(site, own_input)
+                part = self.adapters[_key(site.name)](source).reshape(value.shape)
+                delta = part if delta is None else delta + part
+        renorm = join.junction.norm is not None and delta is not None
+        shift = None if delta is None else delta.to(value.dtype)
+        if self._probing is not None and (observed := [s for s in join.sites if s.name in self._probing.names]):
+            zero = self._observe(observed, value, own_input)
+            shift = zero if shift is None else shift + zero
+        assert shift is not None  # a join without adapters or observers gets no hook
+        joined = value + shift
+        if renorm:
+            norm = self.backbone.get_submodule(join.junction.norm or "")
+            joined = norm.forward(joined)  # not called: the norm's own hooks must not run again
+            shift = joined - value
+        if len(points) > 1:
+            self._run.shifts[join.junction] = shift
+        return joined
+
+    def _source(self, site: Site, own_input: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(site.source, Tap):
+            return self._run.taps[site.source]
+        if own_input is None:
+            raise RuntimeError(f"{site.source.module} was called without a positional input")
+        return own_input
+
+    def _observe(self, sites: Sequence[Site], value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor:
+        """A zero of the sink's shape whose gradient is the sink's, summed over all points of the junction."""
+        assert self._probing is not None
+        observer = self._probing.observer
+        zero = self._probing.zero.to(value.dtype).expand(value.shape)
+        sources = [(site, self._source(site, own_input).detach()) for site in sites]
+
+        def tell(gradient: torch.Tensor) -> None:
+            for site, source in sources:
+                observer(site, source, gradient)
+
+        if zero.requires_grad:  # not under no_grad
+            zero.register_hook(tell)
+        return zero
+
+
+def _key(name: str) -> str:
+    """A site's name as a module name, which may hold no dot."""
+    return name.replace(".", "/")
+
+
+def _adapter_dtype(backbone: nn.Module) -> torch.dtype:
+    """Adapters are float32 on a half-precision backbone, and as precise as the backbone otherwise."""
+    dtype = next(backbone.parameters()).dtype
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32

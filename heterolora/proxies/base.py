@@ -1,0 +1,60 @@
+"""What a proxy is, and the refusal of scores that say nothing."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from heterolora.proxies.evidence import Evidence, Statistic
+
+Score: TypeAlias = float | Sequence[float]
+"""One number for a site, or one number for each unit of rank at it, largest first."""
+
+
+class Proxy(Protocol):
+    """Scores every site of a search space; higher means: spend rank here.
+
+    Attributes:
+        control: the proxy is allowed to give equal scores everywhere.
+        remedy: the setting that would help if it does so although it should not.
+    """
+
+    control: bool
+    remedy: str
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What the shared gradient pass must gather; empty if the proxy needs no pass."""
+
+    def score(self, evidence: Evidence) -> Mapping[str, Score]:
+        """A score for every site of ``evidence.sites``, by name."""
+
+
+class DegenerateScores(ValueError):  # noqa: N818
+    """A proxy whose scores cannot rank anything; an allocation made from them would be a random draw."""
+
+
+def total(score: Score) -> float:
+    """A site's score as one number: the sum over its units of rank."""
+    return math.fsum(score) if isinstance(score, Sequence) else score
+
+
+def check_scores(name: str, proxy: Proxy, scores: Mapping[str, Score], sites: Sequence[str]) -> None:
+    """Refuse scores that are missing, not finite, all zero or all equal.
+
+    Raises:
+        DegenerateScores: naming the proxy, what is wrong and the setting that would help. Controls may be constant.
+    """
+    if scores.keys() != set(sites):
+        missing, extra = sorted(set(sites) - scores.keys()), sorted(scores.keys() - set(sites))
+        raise DegenerateScores(f"proxy={name}: every site needs one score; missing {missing}, unknown {extra}")
+    flat = {site: list(value) if isinstance(value, Sequence) else [value] for site, value in scores.items()}
+    if bad := [site for site, values in flat.items() if not all(map(math.isfinite, values))]:
+        raise DegenerateScores(f"proxy={name}: scores that are not finite at {bad[:5]} ({len(bad)} sites); {proxy.remedy}")
+    if bad := [site for site, values in flat.items() if sorted(values, reverse=True) != values]:
+        raise DegenerateScores(f"proxy={name}: values per unit of rank must not increase, they do at {bad[:5]}")
+    if proxy.control or not flat:
+        return
+    if not any(value for values in flat.values() for value in values):
+        raise DegenerateScores(f"proxy={name}: every score is 0, so it ranks nothing; {proxy.remedy}")
+    if len(flat) > 1 and len({tuple(values) for values in flat.values()}) == 1:
+        raise DegenerateScores(f"proxy={name}: every score is the same, so it ranks nothing; {proxy.remedy}")
