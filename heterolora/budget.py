@@ -8,10 +8,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from heterolora.errors import SettingError
-from heterolora.space import Space
+
+if TYPE_CHECKING:  # a budget is plain arithmetic; allocators import it without torch
+    from heterolora.space import Space
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class SiteCount:
 class Budget(Protocol):
     """Something that resolves to a number of parameters, or of sites."""
 
-    def resolve(self, space: Space) -> int | SiteCount:
+    def resolve(self, space: "Space") -> int | SiteCount:
         """The budget for this search space's backbone."""
 
 
@@ -50,7 +52,7 @@ class UniformRank:
         if self.rank < 1:
             raise SettingError("rank", self.rank, "a whole number of at least 1")
 
-    def resolve(self, space: Space) -> int:
+    def resolve(self, space: "Space") -> int:
         """``sum rank (in + out)`` over the backbone's linear layers of these roles."""
         sites = space.survey.lora_sites
         existing = list(dict.fromkeys(site.role for site in sites))
@@ -74,7 +76,7 @@ class Params:
         if self.value < 1:
             raise SettingError("value", self.value, "a whole number of at least 1")
 
-    def resolve(self, space: Space) -> int:
+    def resolve(self, space: "Space") -> int:
         """The number itself."""
         return self.value
 
@@ -97,7 +99,7 @@ class Fraction:
         if self.rank < 1:
             raise SettingError("rank", self.rank, "a whole number of at least 1")
 
-    def resolve(self, space: Space) -> SiteCount:
+    def resolve(self, space: "Space") -> SiteCount:
         """How many sites of each group (REFERENCE.md 1.6; Python's rounding, half to even, as in the paper's code)."""
         sizes = Counter(space.groups[site.name] for site in space.sites)
         counts = {group: math.floor(self.p * n) if group == "lora" else round(self.p * n) for group, n in sizes.items()}

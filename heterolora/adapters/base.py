@@ -1,42 +1,13 @@
 """What a family of adapters must offer: maps for sites, their scale, and what an allocation of them costs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
 
+from heterolora.cost import Cost
 from heterolora.sites import Site
-
-
-class Cost(Protocol):
-    """Trainable parameters of an allocation; joint where factors are shared between sites."""
-
-    def __call__(self, ranks: Mapping[str, int]) -> int:
-        """Parameters that these ranks hold."""
-
-    def marginal(self, ranks: Mapping[str, int], name: str) -> int:
-        """Parameters that one more unit of rank at ``name`` would add."""
-
-
-@dataclass(frozen=True)
-class AdditiveCost:
-    """Every unit of rank at a site costs the same, whatever the others have.
-
-    Attributes:
-        units: site name -> parameters of one unit of rank.
-    """
-
-    units: Mapping[str, int]
-
-    def __call__(self, ranks: Mapping[str, int]) -> int:
-        """Parameters that these ranks hold."""
-        return sum(rank * self.units[name] for name, rank in ranks.items())
-
-    def marginal(self, ranks: Mapping[str, int], name: str) -> int:
-        """Parameters of one unit of rank at the site."""
-        return self.units[name]
 
 
 class Adapter(Protocol):
@@ -56,6 +27,9 @@ class AdapterFamily(Protocol):
 
     def build(self, site: Site, rank: int, seed: int) -> nn.Module:
         """A fresh adapter whose delta is zero, drawn from ``(seed, site.name)`` and nested in the rank."""
+
+    def probe(self, site: Site, rank: int, std: float, seed: int) -> nn.Module:
+        """An adapter for scoring, all factors drawn from N(0, std^2), from ``(seed, site.name)`` and nested in the rank."""
 
     def scale_at(self, site: Site, rank: int) -> float:
         """What the product of the factors is multiplied with."""

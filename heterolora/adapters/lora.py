@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from heterolora.adapters.base import AdditiveCost
+from heterolora.cost import AdditiveCost
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
 from heterolora.sites import Site
@@ -88,6 +88,16 @@ class LoRA:
         rows = [torch.empty(site.in_features).uniform_(-bound, bound, generator=generator) for _ in range(rank)]
         zeros = torch.zeros(site.out_features, rank)
         return LowRank(torch.stack(rows), zeros, self.scale_at(site, rank), self.dropout)
+
+    def probe(self, site: Site, rank: int, std: float, seed: int) -> LowRank:
+        """A and B from N(0, std^2)."""
+        generator = torch.Generator().manual_seed(derive(seed, "probe", site.name))
+        units = [
+            torch.empty(site.in_features + site.out_features).normal_(0, std, generator=generator) for _ in range(rank)
+        ]
+        factors = torch.stack(units)
+        a, b = factors[:, : site.in_features].contiguous(), factors[:, site.in_features :].T.contiguous()
+        return LowRank(a, b, self.scale_at(site, rank), 0.0)
 
     def cost(self, sites: Sequence[Site]) -> AdditiveCost:
         """``rank * (in + out)`` for each site."""

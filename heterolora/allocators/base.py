@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from heterolora.adapters.base import Cost
 from heterolora.allocation import Allocation
 from heterolora.budget import SiteCount
+from heterolora.cost import Cost
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
 from heterolora.sites import Site
@@ -71,7 +71,13 @@ class GainRule:
 
 
 class Allocator(Protocol):
-    """Decides the rank of every site."""
+    """Decides the rank of every site.
+
+    Attributes:
+        counts_sites: whether it understands a budget that is a number of sites.
+    """
+
+    counts_sites: bool
 
     @property
     def gain_rule(self) -> GainRule | None:

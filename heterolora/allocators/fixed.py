@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from heterolora.adapters.base import Cost
 from heterolora.allocation import Allocation, read_ranks
 from heterolora.allocators.base import Gains, parameters_only
 from heterolora.budget import SiteCount
+from heterolora.cost import Cost
 from heterolora.errors import SettingError
 
 
@@ -20,6 +20,8 @@ class Fixed:
     """
 
     path: str | None
+
+    counts_sites = False
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -42,6 +44,8 @@ class Fixed:
             raise SettingError("allocator.path", self.path, str(error)) from error
         if unknown := sorted(name for name, rank in read.items() if rank and name not in groups):
             raise SettingError("allocator.path", self.path, f"sites {unknown[:5]} are not in this search space")
+        if large := [name for name, rank in read.items() if rank and rank > len(gains[name])]:
+            raise SettingError("allocator.path", self.path, f"more rank than min(in, out) at {large[:5]}")
         ranks = {name: read.get(name, 0) for name in groups}
         if not any(ranks.values()):
             raise SettingError("allocator.path", self.path, "gives no site any rank")

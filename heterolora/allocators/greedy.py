@@ -4,10 +4,10 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from heterolora.adapters.base import Cost
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Expand, GainRule, Gains, Normalise, parameters_only, tie_order
 from heterolora.budget import SiteCount
+from heterolora.cost import Cost
 from heterolora.errors import SettingError
 
 
@@ -30,6 +30,8 @@ class Greedy:
     gain: Expand
     normalise: Normalise
     seed: int
+
+    counts_sites = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_rank <= self.max_rank:

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from heterolora.adapters.base import Cost
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import GainRule, Gains, Normalise, tie_order
 from heterolora.budget import SiteCount
+from heterolora.cost import Cost
 from heterolora.errors import SettingError
 
 
@@ -29,6 +29,8 @@ class Top:
     rank: int
     normalise: Normalise
     seed: int
+
+    counts_sites = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from heterolora.adapters.base import Cost
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Gains, parameters_only
 from heterolora.budget import SiteCount
+from heterolora.cost import Cost
 from heterolora.errors import SettingError
 
 
 @dataclass(frozen=True)
 class Uniform:
     """The largest rank that all sites of the space can have within the budget; what is left is reported as unspent."""
+
+    counts_sites = False
 
     @property
     def gain_rule(self) -> None:
@@ -26,8 +28,8 @@ class Uniform:
             raise SettingError(
                 "budget", allowed, f"rank 1 at all {len(groups)} sites costs {cheapest}; give more, or a smaller space"
             )
-        rank = 1
-        while cost(dict.fromkeys(groups, rank + 1)) <= allowed:
+        rank, limit = 1, min(len(values) for values in gains.values())
+        while rank < limit and cost(dict.fromkeys(groups, rank + 1)) <= allowed:
             rank += 1
         ranks = dict.fromkeys(groups, rank)
         return Allocation(ranks, cost(ranks), allowed)

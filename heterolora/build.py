@@ -1,0 +1,72 @@
+"""From a config node to the object it names, with every value checked against the class's own types."""
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from heterolora.errors import SettingError
+
+
+def build(node: Any, name: str) -> Any:
+    """The object of the class that ``node["_target_"]`` names, made from the node's other values.
+
+    Nested nodes with a ``_target_`` are built first.
+
+    Args:
+        node: plain values, e.g. a resolved config node.
+        name: where the node stands in the config, for messages.
+
+    Raises:
+        SettingError: if the target cannot be imported, an argument is missing or unknown, or a value has the wrong type.
+    """
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise SettingError(name, node, "needs a _target_, the import path of a class")
+    target = find_target(node["_target_"], f"{name}._target_")
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    _check_names(target, values, name)
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    checked = {key: _argument(value, hints.get(key, Any), f"{name}.{key}") for key, value in values.items()}
+    try:
+        return target(**checked)
+    except SettingError as error:
+        raise error if "." in error.setting else error.under(name) from None
+
+
+def find_target(path: str, name: str) -> Any:
+    """What an import path names.
+
+    Raises:
+        SettingError: if it cannot be imported.
+    """
+    module, _, attribute = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SettingError(name, path, f"cannot be imported ({error})") from error
+
+
+def _check_names(target: Any, values: Mapping[str, Any], name: str) -> None:
+    parameters = inspect.signature(target).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    if unknown := sorted(values.keys() - parameters.keys()):
+        raise SettingError(f"{name}.{unknown[0]}", values[unknown[0]], f"unknown; possible: {sorted(parameters)}")
+    required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
+    if missing := sorted(required - values.keys()):
+        raise SettingError(f"{name}.{missing[0]}", "(missing)", f"{target.__name__} needs it")
+
+
+def _argument(value: Any, hint: Any, name: str) -> Any:
+    """A nested object, or a plain value of the hinted type; numbers written as text become numbers."""
+    if isinstance(value, Mapping) and "_target_" in value:
+        return build(value, name)
+    if isinstance(value, bool) and hint in (int, float):  # True is not meant as 1
+        raise SettingError(name, value, f"a number is needed ({hint.__name__})")
+    try:
+        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+    except ValidationError as error:
+        reasons = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()))
+        raise SettingError(name, value, reasons) from None

@@ -1,0 +1,1 @@
+"""Lightning callbacks: when allocation happens, and what is shown while training."""

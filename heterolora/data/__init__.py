@@ -1,0 +1,1 @@
+"""Data: sources of labelled text, splits, tokens and batches."""

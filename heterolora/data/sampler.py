@@ -1,0 +1,50 @@
+"""The order in which training examples are seen."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from heterolora.seeds import derive
+
+_POOL = 32  # batches that are sorted together: enough to save padding, few enough to keep batches random
+
+
+class SimilarLength(Sampler[int]):
+    """A seeded shuffle in which every run of ``batch_size`` indices has examples of similar length.
+
+    The order of an epoch depends on the seed and the epoch alone.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: examples in a batch.
+        seed: of the shuffle.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = self.batch_size * _POOL
+        batches = []
+        for start in range(0, len(order), pool):
+            chunk = sorted(order[start : start + pool], key=lambda index: self.lengths[index])
+            batches += [chunk[at : at + self.batch_size] for at in range(0, len(chunk), self.batch_size)]
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]  # at most one; it must come last
+        for position in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[position]
+        for batch in rest:
+            yield from batch

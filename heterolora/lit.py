@@ -1,0 +1,190 @@
+"""The one Lightning module of all tasks, and the optimizer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L  # noqa: N812
+import torch
+
+from heterolora.errors import SettingError
+from heterolora.model import AdaptedModel
+from heterolora.seeds import derive
+from heterolora.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW, with its own rate for the task's head.
+
+    Args:
+        lr: peak learning rate of the adapters.
+        head_lr: peak learning rate of the head.
+        weight_decay: decoupled weight decay of both.
+        warmup: share of the steps over which the rate rises linearly from 0.
+        schedule: afterwards: ``linear`` down to 0 at the last step, or ``constant``.
+        clip: largest norm of the whole gradient; null: no clipping.
+    """
+
+    lr: float
+    head_lr: float
+    weight_decay: float
+    warmup: float
+    schedule: Literal["linear", "constant"]
+    clip: float | None
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "head_lr"):
+            if getattr(self, name) <= 0:
+                raise SettingError(name, getattr(self, name), "a number above 0")
+        if self.weight_decay < 0:
+            raise SettingError("weight_decay", self.weight_decay, "a number of at least 0")
+        if not 0 <= self.warmup < 1:
+            raise SettingError("warmup", self.warmup, "a share from 0 up to, not including, 1")
+        if self.clip is not None and self.clip <= 0:
+            raise SettingError("clip", self.clip, "a number above 0, or null")
+
+    def factor(self, step: int, total: int) -> float:
+        """Learning rate of a step (from 0) as a share of the peak rate."""
+        rise = round(self.warmup * total)
+        if step < rise:
+            return step / rise
+        if self.schedule == "constant":
+            return 1.0
+        return max(0.0, (total - step) / max(1, total - rise))
+
+
+class LitAdapted(L.LightningModule):
+    """Trains the adapters and the head of an adapted model on a task.
+
+    Its ``state_dict`` holds only what is trained; the ranks travel in the checkpoint and are restored before weights.
+
+    Args:
+        model: the adapted model; its adapters are enabled by a callback before the optimizer is made.
+        task: loss, metrics, predictions.
+        optimizer: optimizer settings.
+        seed: of the adapters' initialisation.
+    """
+
+    def __init__(self, model: AdaptedModel, task: Task, optimizer: Optimizer, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.settings = optimizer
+        self.seed = seed
+        self.strict_loading = True
+        self.validation_metrics = task.make_metrics()
+        self.test_metrics = task.make_metrics()
+        self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {"validation": [], "test": []}
+
+    def scalar_loss(self, model: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The task's loss of a model on a batch."""
+        return self.task.loss(self.task.logits(model, batch), batch)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        """The loss."""
+        loss = self.scalar_loss(self.model, batch)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch["labels"]))
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Refuse to train a model whose allocation never happened."""
+        if not self.model.held_parameters:
+            raise RuntimeError("no adapter is enabled: the allocation callback did not run before training")
+
+    def on_train_epoch_start(self) -> None:
+        """Dropout draws depend on the seed and the epoch alone, so that an epoch is the same after a resume."""
+        torch.manual_seed(derive(self.seed, "epoch", self.trainer.current_epoch))
+
+    def on_train_epoch_end(self) -> None:
+        """Stop a run that has diverged.
+
+        Raises:
+            FloatingPointError: if the epoch's loss is not finite.
+        """
+        loss = self.trainer.callback_metrics["train/loss_epoch"]
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the training loss is {loss.item()} after epoch {self.trainer.current_epoch + 1}; lower optimizer.lr"
+            )
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Feed the metrics and keep the predictions."""
+        self._evaluate("validation", batch)
+
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        """Feed the metrics and keep the predictions."""
+        self._evaluate("test", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last epoch's predictions."""
+        self.outputs["validation"].clear()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget earlier predictions."""
+        self.outputs["test"].clear()
+
+    def _evaluate(self, split: str, batch: dict[str, torch.Tensor]) -> None:
+        logits = self.task.logits(self.model, batch)
+        predictions, size = self.task.predict(logits), len(batch["labels"])
+        metrics = self.validation_metrics if split == "validation" else self.test_metrics
+        metrics.update(predictions, batch["labels"])
+        for name, metric in metrics.items():
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=split == "validation", batch_size=size)
+        self.log(f"{split}/loss", self.task.loss(logits, batch), on_step=False, on_epoch=True, batch_size=size)
+        kept = {"index": batch["index"], "labels": batch["labels"], "prediction": predictions, "logits": logits.float()}
+        self.outputs[split].append({key: value.cpu() for key, value in kept.items()})
+
+    def predictions(self, split: str) -> dict[str, torch.Tensor]:
+        """What the last evaluation of a split gave: ``index``, ``labels``, ``prediction``, ``logits``, in file order."""
+        merged = {key: torch.cat([part[key] for part in self.outputs[split]]) for key in self.outputs[split][0]}
+        order = merged["index"].argsort()
+        return {key: value[order] for key, value in merged.items()}
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over adapters and head; the rate changes every step."""
+        adapters = list(self.model.adapters.parameters())
+        head = [p for name, p in self.model.backbone.named_parameters() if name in self.model.head]
+        groups = [{"params": adapters, "lr": self.settings.lr, "name": "adapters"}]
+        if head:
+            groups.append({"params": head, "lr": self.settings.head_lr, "name": "head"})
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.settings.factor(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """``adapter.<site>.<tensor>`` and ``head.<parameter>``: what is trained, and nothing else."""
+        adapters = {f"adapter.{name}": value for name, value in self.model.adapter_state_dict().items()}
+        return adapters | {f"head.{name}": value for name, value in self.model.head_state_dict().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fill the enabled adapters and the head; every name must fit, whatever ``strict`` says.
+
+        Raises:
+            KeyError: if tensors are missing or unknown.
+        """
+        split: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "head": {}}
+        for key, value in state_dict.items():
+            family, _, name = key.partition(".")
+            if family not in split:
+                raise KeyError(f"unknown tensor in the checkpoint: {key}")
+            split[family][name] = value
+        head = dict(self.model.backbone.named_parameters())
+        if split["head"].keys() != self.model.head:
+            raise KeyError(f"head tensors differ: {sorted(split['head'].keys() ^ self.model.head)}")
+        self.model.load_adapter_state_dict(split["adapter"])
+        with torch.no_grad():
+            for name, value in split["head"].items():
+                head[name].copy_(value)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Ranks travel with the weights."""
+        checkpoint["ranks"] = {name: rank for name, rank in self.model.ranks.items() if rank}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Enable the sites before their weights are loaded and before the optimizer is made."""
+        self.model.enable(checkpoint["ranks"], self.seed)

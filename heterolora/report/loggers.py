@@ -1,0 +1,110 @@
+"""Where curves, tables and pictures go while a run goes on, besides the files of its folder."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from heterolora.errors import SettingError
+
+
+class RunLogger(Protocol):
+    """One way to log; a run opens it once and always closes it."""
+
+    def open(self, folder: Path, name: str, config: Mapping[str, Any]) -> Logger | bool:
+        """What Lightning's trainer is given."""
+
+    def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
+        """Scores and ranks of all sites, and the picture."""
+
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Finish, with the final numbers if the run got so far."""
+
+
+class Csv:
+    """``metrics.csv`` in the run's folder; scores, ranks and the picture are files there anyway."""
+
+    def open(self, folder: Path, name: str, config: Mapping[str, Any]) -> Logger:
+        """Lightning's CSV logger."""
+        return CSVLogger(folder, name="", version="")
+
+    def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
+        """Nothing more than the files."""
+
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Lightning has written everything."""
+
+
+class Silent:
+    """No logger."""
+
+    def open(self, folder: Path, name: str, config: Mapping[str, Any]) -> bool:
+        """None."""
+        return False
+
+    def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
+        """Nothing."""
+
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Nothing."""
+
+
+@dataclass
+class Wandb:
+    """Weights & Biases; offline where there is no account.
+
+    Args:
+        project: the project.
+        entity: team or user; null: the account's own.
+        group: runs that belong together; null: none.
+        mode: ``online`` or ``offline``; null: online if a key is known, else offline.
+    """
+
+    project: str
+    entity: str | None
+    group: str | None
+    mode: str | None
+
+    def __post_init__(self) -> None:
+        if self.mode not in (None, "online", "offline"):
+            raise SettingError("mode", self.mode, "online, offline or null")
+        self._logger: WandbLogger | None = None
+
+    def open(self, folder: Path, name: str, config: Mapping[str, Any]) -> Logger:
+        """One W&B run; its files are in the run's folder."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise SettingError("logger", "wandb", "needs the package wandb: pip install 'heterolora[wandb]'") from error
+        mode = self.mode or os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+        os.environ.setdefault("WANDB_SILENT", "true")
+        folder.joinpath("wandb").mkdir(exist_ok=True)
+        run = wandb.init(
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            name=name,
+            config=dict(config),
+            dir=str(folder),
+            mode=mode,  # type: ignore[arg-type]
+            reinit="finish_previous",
+        )
+        self._logger = WandbLogger(experiment=run)
+        return self._logger
+
+    def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
+        """A table and an image."""
+        assert self._logger is not None
+        self._logger.log_table("allocation/sites", columns=list(columns), data=[list(row) for row in rows])
+        self._logger.log_image("allocation/picture", images=[str(picture)])
+
+    def close(self, summary: Mapping[str, float]) -> None:
+        """Finish the run, so that the next one of the same process starts its own."""
+        import wandb
+
+        if wandb.run is not None:
+            wandb.run.summary.update(dict(summary))
+            wandb.finish()

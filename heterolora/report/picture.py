@@ -1,0 +1,53 @@
+"""The allocation as a picture: layers across, roles down, ranks as colour and number."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from heterolora.allocation import Allocation
+from heterolora.report.files import write_whole
+from heterolora.space import Space
+
+
+def rank_grid(space: Space, allocation: Allocation) -> tuple[list[str], list[int], list[list[int | None]]]:
+    """Rows (role, with its span if it is long), columns (layers), and the rank at each; None: no such site."""
+    depth = 1 + max(site.layer for site in space.survey.lora_sites)
+    rows = {}
+    for site in space.sites:
+        label = site.name.partition(".")[2]
+        rows.setdefault(label, [None] * depth)[site.layer] = allocation.ranks[site.name]
+    roles = list(dict.fromkeys(site.name.partition(".")[2] for site in sorted(space.sites, key=_family)))
+    return roles, list(range(depth)), [rows[role] for role in roles]
+
+
+def _family(site: object) -> tuple[str, int]:
+    return site.kind, getattr(site, "span", None) or 0  # type: ignore[attr-defined]
+
+
+def draw_allocation(space: Space, allocation: Allocation, title: str, path: Path) -> None:
+    """Write a PNG. Sites without rank are grey, places without a site stay white."""
+    roles, layers, grid = rank_grid(space, allocation)
+    values = np.array([[np.nan if rank is None else rank for rank in row] for row in grid], dtype=float)
+    figure = Figure(figsize=(2.6 + 0.48 * max(len(layers), 8), 1.6 + 0.34 * len(roles)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = matplotlib.colormaps["viridis_r"].with_extremes(under="#e6e6e6", bad="white")
+    largest = max(1.0, float(np.nanmax(values)))
+    image = axes.imshow(values, cmap=colours, vmin=0.5, vmax=largest, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if value > 0:
+            tone = "white" if value > 0.55 * largest else "black"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=tone, fontsize=8)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_yticks(range(len(roles)), roles)
+    axes.set_xlabel("layer")
+    axes.set_title(title, fontsize=10, loc="left")
+    for edge in range(len(layers) + 1):
+        axes.axvline(edge - 0.5, color="white", linewidth=1.5)
+    for edge in range(len(roles) + 1):
+        axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    figure.colorbar(image, label="rank", shrink=0.9)
+    write_whole(path, lambda scratch: figure.savefig(scratch, dpi=130))

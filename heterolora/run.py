@@ -1,0 +1,200 @@
+"""From a composed config to a finished run: the only file that knows Hydra."""
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from heterolora.build import build
+from heterolora.errors import SettingError
+from heterolora.proxies.base import DegenerateScores
+from heterolora.report.files import write_json
+from heterolora.training import Parts, Resume, run_training
+
+_log = logging.getLogger(__name__)
+
+NODES = (
+    "model",
+    "task",
+    "data",
+    "search_space",
+    "adapter",
+    "probe",
+    "proxy",
+    "allocator",
+    "budget",
+    "allocation",
+    "optimizer",
+    "trainer",
+    "logger",
+)
+"""Config nodes that name a class."""
+
+
+HINTS = (
+    ".*does not have many workers.*",  # batches are ready in memory; workers would only cost
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*Experiment logs directory .* exists and is not empty.*",  # it is the run's own folder
+    ".*isinstance.treespec, LeafSpec.* is deprecated.*",  # Lightning's own use of torch
+)
+"""Warnings of libraries that a user can do nothing about."""
+
+
+class RunFailed(CompactHydraException):  # noqa: N818
+    """Shown by Hydra as its message alone, without a traceback unless HYDRA_FULL_ERROR=1."""
+
+
+def train(cfg: DictConfig) -> float:
+    """One run, in the folder that Hydra made for it.
+
+    Returns:
+        The task's first metric on the validation split.
+
+    Raises:
+        RunFailed: for anything that a user can mend, with one line that says what.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    _quieten()
+    with _status(folder) as status:
+        try:
+            config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        except OmegaConfBaseException as error:
+            raise SettingError("config", error.full_key or "?", str(error).splitlines()[0]) from error
+        assert isinstance(config, dict)
+        parts = make_parts(config, choices)
+        status["config_hash"] = config_hash(config)
+        write_json(folder / "status.json", status)
+        resume = find_resume(config, folder)
+        summary = run_training(parts, config, folder, resume)
+    first = parts.task.metrics[0]
+    return float(summary["metrics"]["validation"][first])
+
+
+def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
+    """The objects that a config names, before anything is loaded.
+
+    Raises:
+        SettingError: for the first value that cannot be used.
+    """
+    seed = config["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise SettingError("seed", seed, "a whole number of at least 0")
+    objects = {node: build(config[node], node) for node in NODES}
+    callbacks = [build(node, f"callbacks.{name}") for name, node in (config["callbacks"] or {}).items() if node]
+    return Parts(**objects, callbacks=callbacks, seed=seed, choices=choices)
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Identifies runs that would give the same result."""
+    relevant = {key: value for key, value in config.items() if key not in ("resume", "outputs", "logger", "callbacks")}
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def find_resume(config: Mapping[str, Any], folder: Path) -> Resume | None:
+    """The run to go on with, if the config asks for one.
+
+    Raises:
+        SettingError: if the given run has no checkpoint, or had another config.
+    """
+    asked = config["resume"]
+    if asked is False:
+        return None
+    wanted = config_hash(config)
+    if asked is True:
+        found = [path.parent for path in Path(config["outputs"]).glob("**/status.json") if _can_resume(path, wanted)]
+        found = [run for run in found if run.resolve() != folder.resolve()]
+        if not found:
+            _log.info("resume=true: no unfinished run with this config has a checkpoint; starting anew")
+            return None
+        run = max(found, key=lambda path: newest_checkpoint(path).stat().st_mtime)  # type: ignore[union-attr]
+    elif isinstance(asked, str):
+        run = Path(asked)
+        if newest_checkpoint(run) is None:
+            raise SettingError("resume", asked, "no checkpoint there; give the folder of a run, or true, or false")
+        if (given := json.loads((run / "status.json").read_text()).get("config_hash")) != wanted:
+            raise SettingError("resume", asked, f"that run had another config (hash {given}, this one's is {wanted})")
+    else:
+        raise SettingError("resume", asked, "true, false or the folder of a run")
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint is not None
+    _log.info("resuming %s", checkpoint)
+    return Resume(run, checkpoint)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The last checkpoint that a run wrote."""
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def _can_resume(status_file: Path, wanted: str) -> bool:
+    try:
+        status = json.loads(status_file.read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    if status.get("config_hash") != wanted or status.get("state") == "finished":
+        return False
+    alive = status.get("state") == "running" and status.get("host") == socket.gethostname() and _alive(status["pid"])
+    return not alive and newest_checkpoint(status_file.parent) is not None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def _status(folder: Path) -> Iterator[dict[str, Any]]:
+    """Keep ``status.json`` true: running, finished, failed or interrupted."""
+    status: dict[str, Any] = {
+        "state": "running",
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_json(folder / "status.json", status)
+
+    def end(state: str, **more: Any) -> None:
+        status.update(state=state, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more)
+        write_json(folder / "status.json", status)
+
+    try:
+        yield status
+    except (SettingError, DegenerateScores, FloatingPointError) as error:
+        end("failed", error=str(error))
+        raise RunFailed(str(error)) from error
+    except Exception as error:
+        end("failed", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        raise
+    except BaseException as error:
+        end("interrupted", error=type(error).__name__)
+        raise
+    end("finished")
+
+
+def _quieten() -> None:
+    """Hints of libraries that have no place in a run's output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in HINTS:
+        warnings.filterwarnings("ignore", message=message)

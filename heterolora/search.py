@@ -1,0 +1,215 @@
+"""The search: where proxy, allocator and model meet.
+
+It leaves no trace: model, head, gradients, modes and random state are exactly as before.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import torch
+
+from heterolora.allocation import Allocation
+from heterolora.allocators.base import Allocator
+from heterolora.budget import Budget, SiteCount
+from heterolora.errors import SettingError
+from heterolora.model import AdaptedModel
+from heterolora.proxies.base import Proxy, Score, check_scores
+from heterolora.proxies.evidence import Batch, Evidence, Loss, Track, gather
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How proxies look at the model.
+
+    Args:
+        init: factors of the probe at each site: ``random`` (both from N(0, std^2)) or ``lora`` (the adapter's own
+            initialisation, B = 0).
+        live: put the probe's deltas into the forward; otherwise gradients are those at the pretrained function.
+        std: standard deviation of random factors.
+        rank: rank of the probe's factors.
+        batches: batches of the training split that are scored.
+        reduction: over batches, ``mean`` or ``sum`` of the gradients.
+        head_warmup_steps: train the head alone for so many steps before scoring (it is put back afterwards): a
+            gradient through a random head is mostly noise.
+        head_warmup_lr: AdamW's learning rate for that.
+    """
+
+    init: Literal["random", "lora"]
+    live: bool
+    std: float
+    rank: int
+    batches: int
+    reduction: Literal["mean", "sum"]
+    head_warmup_steps: int
+    head_warmup_lr: float
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise SettingError("std", self.std, "a number above 0")
+        for name, least in (("rank", 1), ("batches", 1), ("head_warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise SettingError(name, getattr(self, name), f"a whole number of at least {least}")
+        if self.head_warmup_lr <= 0:
+            raise SettingError("head_warmup_lr", self.head_warmup_lr, "a number above 0")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        scores: site -> score, as the proxy gave it; None if the allocator looks at no scores.
+        allocation: the ranks.
+        seconds: how long it took.
+    """
+
+    scores: Mapping[str, Score] | None
+    allocation: Allocation
+    seconds: float
+
+
+def untracked(items: Iterable[Any], description: str, count: int) -> Iterable[Any]:
+    """No progress shown."""
+    return items
+
+
+def search(
+    model: AdaptedModel,
+    loss: Loss,
+    batches: Sequence[Batch],
+    warmup: Iterable[Batch],
+    *,
+    proxy: Proxy,
+    allocator: Allocator,
+    budget: Budget,
+    probe: Probe,
+    seed: int,
+    proxy_name: str | None = None,
+    track: Track = untracked,
+) -> SearchResult:
+    """Score the sites of the model's space and allocate the budget; nothing is enabled, nothing is changed.
+
+    Args:
+        model: the adapted model.
+        loss: scalar loss of the model on a batch.
+        batches: what is scored, on the model's device.
+        warmup: batches for the head's warm-up, repeated as often as needed.
+        proxy: scores the sites.
+        allocator: turns gains into ranks.
+        budget: how much may be held.
+        probe: how the proxy looks.
+        seed: for random factors and proxies that draw.
+        proxy_name: what to call the proxy in messages.
+        track: shows progress.
+
+    Raises:
+        DegenerateScores: if the scores rank nothing.
+        SettingError: if budget and allocator cannot go together.
+    """
+    start = time.perf_counter()
+    space = model.space
+    resolved = budget.resolve(space)
+    _check_reachable(allocator, resolved, model)
+    scores: Mapping[str, Score] | None = None
+    rule = allocator.gain_rule
+    if rule is None:
+        gains = {site.name: [0.0] * min(site.in_features, site.out_features) for site in space.sites}
+    else:
+        scores = score(
+            model, loss, batches, warmup, proxy=proxy, probe=probe, seed=seed, proxy_name=proxy_name, track=track
+        )
+        gains = rule.gains(scores, space.sites, space.groups)
+    allocation = allocator.allocate(gains, model.family.cost(space.sites), resolved, space.groups)
+    if not allocation.active:
+        raise SettingError("budget", resolved, "pays for no adapter at any site; give more")
+    return SearchResult(scores, allocation, time.perf_counter() - start)
+
+
+def _check_reachable(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
+    """Refuse before scoring what would be refused after it."""
+    cost = model.family.cost(model.space.sites)
+    cheapest = min(cost({site.name: 1}) for site in model.space.sites)
+    if isinstance(budget, int) and budget < cheapest:
+        raise SettingError("budget", budget, f"one unit of rank at the cheapest site costs {cheapest}")
+    if isinstance(budget, SiteCount) and not allocator.counts_sites:
+        name = type(allocator).__name__.lower()
+        raise SettingError("budget", "fraction", f"counts sites, which allocator={name} cannot; use allocator=top")
+
+
+def score(
+    model: AdaptedModel,
+    loss: Loss,
+    batches: Sequence[Batch],
+    warmup: Iterable[Batch],
+    *,
+    proxy: Proxy,
+    probe: Probe,
+    seed: int,
+    proxy_name: str | None = None,
+    track: Track = untracked,
+) -> Mapping[str, Score]:
+    """Scores of all sites of the model's space; see ``search``."""
+    sites = model.space.sites
+    name = proxy_name or type(proxy).__name__.lower()
+    statistics = proxy.statistics
+    with untouched(model):
+        adapters: dict[str, Any] = {}
+        gathered: Mapping[Any, Any] = {}
+        if statistics:
+            if not batches:
+                raise SettingError("probe.batches", 0, f"proxy={name} needs batches to score")
+            parameter = next(model.backbone.parameters())
+            dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
+            for site in sites:
+                make = model.family.build if probe.init == "lora" else None
+                adapter = (
+                    make(site, probe.rank, seed) if make else model.family.probe(site, probe.rank, probe.std, seed)
+                )
+                adapters[site.name] = adapter.to(device=parameter.device, dtype=dtype)
+            _warm_up_head(model, loss, warmup, probe, track)
+            gathered = gather(
+                model, adapters, batches, loss, statistics, live=probe.live, reduction=probe.reduction, track=track
+            )
+        scores = proxy.score(Evidence(sites, adapters, gathered, seed))
+    check_scores(name, proxy, scores, [site.name for site in sites])
+    return scores
+
+
+def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], probe: Probe, track: Track) -> None:
+    head = [p for name, p in model.backbone.named_parameters() if name in model.head]
+    if not head or not probe.head_warmup_steps:
+        return
+    model.eval()
+    optimizer = torch.optim.AdamW(head, lr=probe.head_warmup_lr, weight_decay=0.0)
+    with model.disabled():
+        for batch in track(
+            islice(cycle(warmup), probe.head_warmup_steps), "warming up the head", probe.head_warmup_steps
+        ):
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+
+
+@contextmanager
+def untouched(model: AdaptedModel) -> Iterator[None]:
+    """Put back the head, gradients, train/eval modes and random state on exit, even after an error."""
+    head = {name: p for name, p in model.backbone.named_parameters() if name in model.head}
+    values = {name: p.detach().clone() for name, p in head.items()}
+    gradients = [(p, p.grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in head.items():
+                    parameter.copy_(values[name])
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for module, training in modes:
+                module.training = training

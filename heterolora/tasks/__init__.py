@@ -1,0 +1,1 @@
+"""Tasks: what is read, the loss, the metrics, the predictions."""

@@ -1,0 +1,86 @@
+"""Trainer settings."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from heterolora.errors import SettingError
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How long and on what to train.
+
+    Args:
+        max_epochs: epochs.
+        max_steps: optimizer steps after which training stops; -1: no limit but the epochs.
+        precision: Lightning's precision, e.g. ``32-true`` or ``bf16-mixed``.
+        accumulate: batches whose gradients make one step.
+        accelerator: Lightning's accelerator.
+        devices: devices; one, as long as allocation in several processes is not built.
+        strategy: Lightning's strategy.
+        threads: CPU threads of torch; null: torch's own choice. Bits depend on it.
+    """
+
+    max_epochs: int
+    max_steps: int
+    precision: str
+    accumulate: int
+    accelerator: str
+    devices: int
+    strategy: str
+    threads: int | None
+
+    def __post_init__(self) -> None:
+        if self.max_epochs < 1:
+            raise SettingError("max_epochs", self.max_epochs, "a whole number of at least 1")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise SettingError("max_steps", self.max_steps, "a whole number of at least 1, or -1 for no limit")
+        if self.accumulate < 1:
+            raise SettingError("accumulate", self.accumulate, "a whole number of at least 1")
+        if self.devices != 1:
+            raise SettingError("devices", self.devices, "only 1 is supported so far")
+        if self.threads is not None and not 1 <= self.threads <= (os.cpu_count() or 1):
+            raise SettingError("threads", self.threads, f"1 to {os.cpu_count()}, or null")
+
+    def make(
+        self, folder: Path, callbacks: Sequence[Callback], logger: Any, clip: float | None
+    ) -> tuple[L.Trainer, ModelCheckpoint]:
+        """The trainer, and the callback that keeps the newest epoch's checkpoint in ``folder/checkpoints``.
+
+        Raises:
+            SettingError: if Lightning refuses a value.
+        """
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        checkpoint = ModelCheckpoint(
+            folder / "checkpoints", filename="epoch_{epoch}", auto_insert_metric_name=False, every_n_epochs=1
+        )
+        try:
+            trainer = L.Trainer(
+                max_epochs=self.max_epochs,
+                max_steps=self.max_steps,
+                precision=self.precision,  # type: ignore[arg-type]
+                accumulate_grad_batches=self.accumulate,
+                accelerator=self.accelerator,
+                devices=self.devices,
+                strategy=self.strategy,
+                gradient_clip_val=clip,
+                callbacks=[*callbacks, checkpoint],
+                logger=logger,
+                default_root_dir=folder,
+                deterministic=True,
+                num_sanity_val_steps=0,
+                log_every_n_steps=10,
+                enable_model_summary=False,
+                enable_progress_bar=any(getattr(c, "is_enabled", None) is not None for c in callbacks),
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise SettingError("trainer", self, f"Lightning refuses it: {error}") from error
+        return trainer, checkpoint

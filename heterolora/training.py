@@ -1,0 +1,350 @@
+"""One run: load, search, fine-tune, evaluate, and write everything down."""
+
+import hashlib
+import json
+import logging
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L  # noqa: N812
+import pandas as pd
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from heterolora import __version__
+from heterolora.adapters.base import AdapterFamily
+from heterolora.allocation import Allocation
+from heterolora.allocators.base import Allocator
+from heterolora.backbone import Backbone, Pretrained, Tiny
+from heterolora.budget import Budget
+from heterolora.callbacks.allocate import Static
+from heterolora.callbacks.progress import track
+from heterolora.data.module import Data, TextData
+from heterolora.data.splits import Splits
+from heterolora.lit import LitAdapted, Optimizer
+from heterolora.model import AdaptedModel
+from heterolora.proxies.base import Proxy, total
+from heterolora.report.files import write_json, write_text, write_whole
+from heterolora.report.loggers import RunLogger
+from heterolora.report.memory import peak_mib, reset_peak
+from heterolora.report.picture import draw_allocation
+from heterolora.report.summary import print_summary
+from heterolora.search import Probe, SearchResult, search
+from heterolora.space import SearchSpace, Space, survey
+from heterolora.tasks.base import Task
+from heterolora.trainer import TrainerSettings
+
+_log = logging.getLogger(__name__)
+
+_SITE_COLUMNS = ("site", "kind", "role", "layer", "span", "in", "out", "score", "rank", "parameters")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a run, one for each node of the config."""
+
+    model: Pretrained | Tiny
+    task: Task
+    data: Data
+    search_space: SearchSpace
+    adapter: AdapterFamily
+    probe: Probe
+    proxy: Proxy
+    allocator: Allocator
+    budget: Budget
+    allocation: Static
+    optimizer: Optimizer
+    trainer: TrainerSettings
+    logger: RunLogger
+    callbacks: Sequence[L.Callback]
+    seed: int
+    choices: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Resume:
+    """An earlier run that is gone on with.
+
+    Attributes:
+        run: its folder.
+        checkpoint: the state to start from.
+    """
+
+    run: Path
+    checkpoint: Path
+
+
+def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: Resume | None) -> dict[str, Any]:
+    """Run everything and leave the results in ``folder``.
+
+    Args:
+        parts: the objects.
+        config: the resolved config, for the record.
+        folder: the run's folder; nothing is written to it before the settings have proved usable.
+        resume: an earlier run to go on with.
+
+    Returns:
+        The summary that is also written to ``summary.json``.
+    """
+    reset_peak()
+    threads = torch.get_num_threads()
+    try:
+        return _Run(parts, config, folder, resume).execute()
+    finally:
+        parts.logger.close({})
+        torch.set_num_threads(threads)
+
+
+class _Run:
+    """The steps of one run; what they share."""
+
+    def __init__(self, parts: Parts, config: Mapping[str, Any], folder: Path, resume: Resume | None) -> None:
+        self.parts = parts
+        self.config = config
+        self.folder = folder
+        self.resume = resume
+        self.result: SearchResult | None = None
+        self.found_at: float | None = None
+
+    def execute(self) -> dict[str, Any]:
+        parts = self.parts
+        if parts.trainer.threads is not None:
+            torch.set_num_threads(parts.trainer.threads)
+        L.seed_everything(parts.seed, verbose=False)
+        splits, origin = parts.data.splits(parts.task)
+        backbone = parts.model.load(len(parts.task.labels), parts.seed)
+        space = parts.search_space.resolve(survey(backbone.model, backbone.layout))
+        model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
+        if backbone.gradient_checkpointing:
+            model.gradient_checkpointing()
+        data = TextData(splits, parts.task, backbone.tokenizer, parts.data, parts.seed)
+        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed)
+        allocate = parts.allocation.callback(
+            lambda lit: self._search(lit, data, backbone), lambda result: self._found(result, space)
+        )
+        logger = parts.logger.open(self.folder, self.folder.name, self.config)
+        trainer, checkpoint = parts.trainer.make(
+            self.folder, [allocate, *parts.callbacks], logger, parts.optimizer.clip
+        )
+        start = time.perf_counter()
+        ckpt_path = None
+        if self.resume is not None:
+            ckpt_path = self.resume.checkpoint
+            self._adopt(self.resume)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        training_seconds = time.perf_counter() - (self.found_at or start)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        metrics = self._evaluate(trainer, module, data)
+        summary = self._summary(module, metrics, splits, origin, backbone, trainer, training_seconds)
+        self._write_results(module, summary, splits)
+        print_summary(summary)
+        parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
+        return summary
+
+    # -- search -----------------------------------------------------------------------------------------------------
+
+    def _search(self, lit: LitAdapted, data: TextData, backbone: Backbone) -> SearchResult:
+        parts = self.parts
+        scored = parts.allocator.gain_rule is not None and bool(parts.proxy.statistics)
+        batches, rows = data.scoring_batches(parts.probe.batches) if scored else ([], [])
+        device = next(lit.model.backbone.parameters()).device
+        result = search(
+            lit.model,
+            lit.scalar_loss,
+            [{key: value.to(device) for key, value in batch.items()} for batch in batches],
+            ({key: value.to(device) for key, value in batch.items()} for batch in data.warmup_batches()),
+            proxy=parts.proxy,
+            allocator=parts.allocator,
+            budget=parts.budget,
+            probe=parts.probe,
+            seed=parts.seed,
+            proxy_name=str(parts.choices.get("proxy", type(parts.proxy).__name__)),
+            track=track,
+        )
+        provenance = {
+            "backbone": backbone.fingerprint,
+            "seed": parts.seed,
+            "proxy": self.config["proxy"] if parts.allocator.gain_rule is not None else None,
+            "probe": self.config["probe"] if scored else None,
+            "allocator": self.config["allocator"],
+            "budget": self.config["budget"],
+            "search_space": self.config["search_space"],
+            "adapter": self.config["adapter"],
+            "scored_rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest() if scored else None,
+            "versions": versions(),
+        }
+        found = result.allocation
+        allocation = Allocation(found.ranks, found.spent, found.budget, provenance)
+        self._scored_rows = rows
+        return SearchResult(result.scores, allocation, result.seconds)
+
+    def _found(self, result: SearchResult, space: Space) -> None:
+        """Write down what was found, before training starts."""
+        self.result = result
+        allocation, scores = result.allocation, result.scores
+        self._write_config()
+        write_json(self.folder / "sites.json", [site.as_dict() for site in space.sites])
+        write_json(self.folder / "allocation.json", allocation.as_dict())
+        rows = site_rows(space, result, self.parts.adapter)
+        table = pd.DataFrame(rows, columns=list(_SITE_COLUMNS))
+        write_whole(self.folder / "sites.csv", lambda path: table.to_csv(path, index=False))
+        if scores is not None:
+            write_json(
+                self.folder / "scores.json",
+                {
+                    "proxy": self.parts.choices.get("proxy"),
+                    "scores": {name: value if isinstance(value, float) else list(value) for name, value in scores.items()},
+                    "rows": self._scored_rows,
+                },
+            )
+        picture = self.folder / "allocation.png"
+        draw_allocation(space, allocation, f"{self._title()}: rank of each site", picture)
+        self.parts.logger.log_allocation(_SITE_COLUMNS, rows, picture)
+        spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
+        _log.info("allocated %s parameters to %d of %d sites", spent, len(allocation.active), len(space.sites))
+        self.found_at = time.perf_counter()
+
+    def _adopt(self, resume: Resume) -> None:
+        """Take over what the earlier run's search wrote."""
+        self._write_config()
+        for name in ("sites.json", "sites.csv", "scores.json", "allocation.json", "allocation.png"):
+            if (resume.run / name).exists():
+                write_whole(self.folder / name, lambda path, name=name: shutil.copyfile(resume.run / name, path) and None)
+
+    def _write_config(self) -> None:
+        write_text(self.folder / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, trainer: L.Trainer, module: LitAdapted, data: TextData) -> dict[str, dict[str, float]]:
+        """Metrics of the last step's weights on validation and test."""
+        trainer.validate(module, datamodule=data, verbose=False)
+        validation = dict(trainer.callback_metrics)
+        trainer.test(module, datamodule=data, verbose=False)
+        values = {**validation, **trainer.callback_metrics}
+        return {
+            split: {name: values[f"{split}/{name}"].item() for name in (*self.parts.task.metrics, "loss")}
+            for split in ("validation", "test")
+        }
+
+    def _summary(
+        self,
+        module: LitAdapted,
+        metrics: Mapping[str, Mapping[str, float]],
+        splits: Splits,
+        origin: str,
+        backbone: Backbone,
+        trainer: L.Trainer,
+        training_seconds: float,
+    ) -> dict[str, Any]:
+        allocation = json.loads((self.folder / "allocation.json").read_text())
+        predictions = {split: module.predictions(split) for split in ("validation", "test")}
+        collapsed = {
+            split: module.task.collapsed(found["prediction"], found["labels"]) for split, found in predictions.items()
+        }
+        head = sum(value.numel() for value in module.model.head_state_dict().values())
+        return {
+            "title": self._title(),
+            "choices": dict(self.parts.choices),
+            "seed": self.parts.seed,
+            "metrics": {split: dict(values) for split, values in metrics.items()},
+            "collapsed": collapsed,
+            "parameters": {
+                "held": module.model.held_parameters,
+                "active": module.model.active_parameters,
+                "budget": allocation["budget"],
+                "unspent": allocation["unspent"],
+                "head": head,
+                "backbone": module.model.space.survey.parameters - head,
+            },
+            "sites": {"candidates": len(module.model.space.sites), "active": sum(map(bool, module.model.ranks.values()))},
+            "seconds": {"search": None if self.result is None else self.result.seconds, "training": training_seconds},
+            "peak_memory_mib": peak_mib(),
+            "data": {
+                "note": splits.note,
+                "origin": origin,
+                "sizes": {split: len(table) for split, table in splits.tables.items()},
+            },
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "backbone": backbone.fingerprint,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "resumed_from": None if self.resume is None else str(self.resume.run),
+            "folder": str(self.folder),
+        }
+
+    def _write_results(self, module: LitAdapted, summary: Mapping[str, Any], splits: Splits) -> None:
+        for split in ("validation", "test"):
+            found, labels = module.predictions(split), self.parts.task.labels
+            table = pd.DataFrame(
+                {
+                    "index": found["index"],
+                    "label": [labels[code] for code in found["labels"]],
+                    "prediction": [labels[code] for code in found["prediction"]],
+                    **{f"logit_{name}": found["logits"][:, code] for code, name in enumerate(labels)},
+                }
+            )
+            write_whole(self.folder / f"predictions_{split}.csv", lambda path, t=table: t.to_csv(path, index=False))
+        state = {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
+        metadata = {"format": "heterolora-1", "backbone": str(summary["backbone"])}
+        write_whole(self.folder / "adapter.safetensors", lambda path: save_file(state, path, metadata))
+        if self.resume is not None:
+            self._join_metrics(self.resume)
+        write_json(self.folder / "summary.json", summary)
+
+    def _join_metrics(self, resume: Resume) -> None:
+        """The earlier run's curves up to its checkpoint, then ours."""
+        old, new = resume.run / "metrics.csv", self.folder / "metrics.csv"
+        if old.exists() and new.exists():
+            ours = pd.read_csv(new)
+            before = pd.read_csv(old)
+            joined = pd.concat([before[before["epoch"] < ours["epoch"].min()], ours])
+            write_whole(new, lambda path: joined.to_csv(path, index=False))
+
+    def _title(self) -> str:
+        names = {key: self.parts.choices.get(key, "?") for key in ("model", "search_space", "proxy", "allocator", "budget")}
+        proxy = f"{names['proxy']}, " if self.parts.allocator.gain_rule is not None else ""
+        where = f"{names['model']} {names['search_space']}"
+        return f"{self.parts.task.name} on {where}, {proxy}{names['allocator']}, {names['budget']}, seed {self.parts.seed}"
+
+
+def site_rows(space: Space, result: SearchResult, family: AdapterFamily) -> list[list[Any]]:
+    """One row a site: what it is, its score (summed over units of rank), its rank and what that costs."""
+    ranks, scores = result.allocation.ranks, result.scores
+    cost = family.cost(space.sites)
+    return [
+        [
+            site.name,
+            site.kind,
+            site.role,
+            site.layer,
+            site.span,
+            site.in_features,
+            site.out_features,
+            None if scores is None else total(scores[site.name]),
+            ranks[site.name],
+            cost({site.name: ranks[site.name]}),
+        ]
+        for site in space.sites
+    ]
+
+
+def versions() -> dict[str, str]:
+    """What results may depend on."""
+    import transformers
+
+    return {
+        "heterolora": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "lightning": L.__version__,
+    }
