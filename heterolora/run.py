@@ -8,7 +8,7 @@ import socket
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,12 @@ NODES = (
     "data",
     "search_space",
     "adapter",
+    "optimizer",
     "probe",
     "proxy",
     "allocator",
     "budget",
     "allocation",
-    "optimizer",
     "trainer",
     "logger",
 )
@@ -71,6 +71,7 @@ def train(cfg: DictConfig) -> float:
     choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
     _quieten()
     with _status(folder) as status:
+        _check_choices(choices, hydra.overrides.task)
         try:
             config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
@@ -83,6 +84,14 @@ def train(cfg: DictConfig) -> float:
         summary = run_training(parts, config, folder, resume)
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
+
+
+def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Hydra merges the options of ``group=[a,b]`` into one node, which no group of ours is meant for."""
+    for group in set(NODES) - {"data", "probe", "optimizer"}:
+        if not isinstance(choices.get(group), str):
+            given = next((text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")), None)
+            raise SettingError(group, given, f"one option is needed; for several runs: -m {group}=a,b")
 
 
 def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:

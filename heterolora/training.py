@@ -137,6 +137,7 @@ class _Run:
         if self.resume is not None:
             ckpt_path = self.resume.checkpoint
             self._adopt(self.resume)
+        module.train()  # backbones are loaded in evaluation mode, and Lightning keeps the mode it finds
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         training_seconds = time.perf_counter() - (self.found_at or start)
         if trainer.interrupted:
