@@ -89,7 +89,9 @@ class Pretrained:
                 hub = "" if hub_reachable() else "; the hub cannot be reached from here"
                 reason = str(error).splitlines()[0]
                 raise SettingError(
-                    "model.path", self.path, f"cannot be loaded ({reason}){hub}; give a hub id, a folder or package:NAME/FOLDER"
+                    "model.path",
+                    self.path,
+                    f"cannot be loaded ({reason}){hub}; give a hub id, a folder or package:NAME/FOLDER",
                 ) from error
         return _finish(self, model, tokenizer, frozenset(info["missing_keys"]), seed)
 
@@ -147,12 +149,10 @@ class Tiny:
         return _finish(self, model, tokenizer, head, seed)
 
 
-def _finish(
-    settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: frozenset[str], seed: int
-) -> Backbone:
+def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: frozenset[str], seed: int) -> Backbone:
     inside = {id(p) for p in model.base_model.parameters()}
     head = [name for name, p in model.named_parameters() if id(p) not in inside or name in fresh]
-    std = getattr(model.config, "initializer_range", None) or getattr(model.config, "init_std", 0.02)
+    std: float = getattr(model.config, "initializer_range", getattr(model.config, "init_std", 0.02))
     for name, parameter in model.named_parameters():
         if name in fresh and parameter.dim() > 1:
             generator = torch.Generator().manual_seed(derive(seed, "head", name))

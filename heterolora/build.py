@@ -20,7 +20,7 @@ def build(node: Any, name: str) -> Any:
         name: where the node stands in the config, for messages.
 
     Raises:
-        SettingError: if the target cannot be imported, an argument is missing or unknown, or a value has the wrong type.
+        SettingError: if the target cannot be imported, an argument is missing or unknown, or a value has a wrong type.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise SettingError(name, node, "needs a _target_, the import path of a class")

@@ -32,7 +32,9 @@ class HookPoint:
         """Read a point of the table; ``block`` is the path of the block it is relative to."""
         match = _POINT.fullmatch(text)
         if match is None or (match["side"] == "pre" and match["index"] is None):
-            raise SettingError("model.layout", text, "a hook point is 'module.pre[0]', 'module.post' or 'module.post[0]'")
+            raise SettingError(
+                "model.layout", text, "a hook point is 'module.pre[0]', 'module.post' or 'module.post[0]'"
+            )
         path = match["module"]
         absolute = block if path == "B" else f"{block}.{path}"
         side: Literal["pre", "post"] = "pre" if match["side"] == "pre" else "post"
@@ -188,7 +190,9 @@ def check_layout(layout: Layout, config: Any) -> None:
     for key, value in layout.requires.items():
         given = getattr(config, key, value)
         if given != value:
-            raise SettingError("model", f"{getattr(config, 'model_type', '?')} with {key}={given}", f"hooks need {key}={value}")
+            raise SettingError(
+                "model", f"{getattr(config, 'model_type', '?')} with {key}={given}", f"hooks need {key}={value}"
+            )
 
 
 @dataclass(frozen=True)

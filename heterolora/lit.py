@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import lightning as L  # noqa: N812
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
@@ -130,18 +131,20 @@ class LitAdapted(L.LightningModule):
         metrics = self.validation_metrics if split == "validation" else self.test_metrics
         metrics.update(predictions, batch["labels"])
         for name, metric in metrics.items():
-            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=split == "validation", batch_size=size)
+            self.log(
+                f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=split == "validation", batch_size=size
+            )
         self.log(f"{split}/loss", self.task.loss(logits, batch), on_step=False, on_epoch=True, batch_size=size)
         kept = {"index": batch["index"], "labels": batch["labels"], "prediction": predictions, "logits": logits.float()}
         self.outputs[split].append({key: value.cpu() for key, value in kept.items()})
 
     def predictions(self, split: str) -> dict[str, torch.Tensor]:
-        """What the last evaluation of a split gave: ``index``, ``labels``, ``prediction``, ``logits``, in file order."""
+        """The last evaluation of a split, in file order: ``index``, ``labels``, ``prediction``, ``logits``."""
         merged = {key: torch.cat([part[key] for part in self.outputs[split]]) for key in self.outputs[split][0]}
         order = merged["index"].argsort()
         return {key: value[order] for key, value in merged.items()}
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over adapters and head; the rate changes every step."""
         adapters = list(self.model.adapters.parameters())
         head = [p for name, p in self.model.backbone.named_parameters() if name in self.model.head]
@@ -155,7 +158,7 @@ class LitAdapted(L.LightningModule):
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """``adapter.<site>.<tensor>`` and ``head.<parameter>``: what is trained, and nothing else."""
         adapters = {f"adapter.{name}": value for name, value in self.model.adapter_state_dict().items()}
         return adapters | {f"head.{name}": value for name, value in self.model.head_state_dict().items()}

@@ -8,7 +8,7 @@ nothing, not even a hook.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -95,9 +95,7 @@ class AdaptedModel(nn.Module):
         head: names of the backbone's parameters that are trained (the task's head).
     """
 
-    def __init__(
-        self, backbone: nn.Module, space: Space, family: AdapterFamily, head: Iterable[str] = ()
-    ) -> None:
+    def __init__(self, backbone: nn.Module, space: Space, family: AdapterFamily, head: Iterable[str] = ()) -> None:
         super().__init__()
         self.backbone = backbone
         self.adapters = nn.ModuleDict()
@@ -264,7 +262,9 @@ class AdaptedModel(nn.Module):
         kwargs = {"use_reentrant": False, "context_fn": self._checkpoint_contexts}
         enable = getattr(self.backbone, "activation_checkpointing_enable", None)
         if enable is None or not getattr(self.backbone, "supports_gradient_checkpointing", False):
-            raise SettingError("model.gradient_checkpointing", True, f"{type(self.backbone).__name__} cannot; use false")
+            raise SettingError(
+                "model.gradient_checkpointing", True, f"{type(self.backbone).__name__} cannot; use false"
+            )
         enable(activation_checkpointing_kwargs=kwargs)
 
     def _checkpoint_contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -320,7 +320,8 @@ class AdaptedModel(nn.Module):
         if isinstance(site.sink, Port):
             return Junction((HookPoint(site.sink.module, "post", None),))
         layout, span = self.space.survey.layout, site.span
-        assert layout is not None and span is not None  # taps come from a layout
+        assert layout is not None  # taps come from a layout
+        assert span is not None
         junction = layout.write(site.sink, span)
         return junction if self.space.renorm and span > 1 else Junction(junction.points)
 
@@ -340,17 +341,15 @@ class AdaptedModel(nn.Module):
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._run = _Run()  # autograd and checkpointing keep what they need; nothing else should
 
-    def _join(
-        self, join: _Join, point: HookPoint, value: torch.Tensor, own_input: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _join(self, join: _Join, point: HookPoint, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor:
         points = join.junction.points
         if point != points[0]:
             return value + self._run.shifts.pop(join.junction).reshape(value.shape)
-        delta = None
+        delta: torch.Tensor | None = None
         for site in join.sites:
             if _key(site.name) in self.adapters and site.name not in self._off:
                 source = self._source(site, own_input)
-                part = self.adapters[_key(site.name)](source).reshape(value.shape)
+                part: torch.Tensor = self.adapters[_key(site.name)](source).reshape(value.shape)
                 delta = part if delta is None else delta + part
         renorm = join.junction.norm is not None and delta is not None
         shift = None if delta is None else delta.to(value.dtype)
@@ -361,7 +360,7 @@ class AdaptedModel(nn.Module):
         joined = value + shift
         if renorm:
             norm = self.backbone.get_submodule(join.junction.norm or "")
-            joined = norm.forward(joined)  # not called: the norm's own hooks must not run again
+            joined = cast(torch.Tensor, norm.forward(joined))  # not called: the norm's own hooks must not run again
             shift = joined - value
         if len(points) > 1:
             self._run.shifts[join.junction] = shift
@@ -386,7 +385,7 @@ class AdaptedModel(nn.Module):
                 observer(site, source, gradient)
 
         if zero.requires_grad:  # not under no_grad
-            zero.register_hook(tell)
+            zero.register_hook(tell)  # type: ignore[no-untyped-call]
         return zero
 
 

@@ -53,7 +53,7 @@ HINTS = (
 """Warnings of libraries that a user can do nothing about."""
 
 
-class RunFailed(CompactHydraException):  # noqa: N818
+class RunFailed(CompactHydraException):
     """Shown by Hydra as its message alone, without a traceback unless HYDRA_FULL_ERROR=1."""
 
 
@@ -73,10 +73,9 @@ def train(cfg: DictConfig) -> float:
     with _status(folder) as status:
         _check_choices(choices, hydra.overrides.task)
         try:
-            config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+            config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             raise SettingError("config", error.full_key or "?", str(error).splitlines()[0]) from error
-        assert isinstance(config, dict)
         parts = make_parts(config, choices)
         status["config_hash"] = config_hash(config)
         write_json(folder / "status.json", status)

@@ -190,7 +190,7 @@ def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], prob
             islice(cycle(warmup), probe.head_warmup_steps), "warming up the head", probe.head_warmup_steps
         ):
             optimizer.zero_grad()
-            loss(model, batch).backward()
+            loss(model, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
 

@@ -105,9 +105,7 @@ def _submodule(base: nn.Module, path: str) -> nn.Module:
         raise SettingError("model.layout", path, f"no such module in {type(base).__name__} ({error})") from error
 
 
-def _linears(
-    block: nn.Module, path: str, roles: Mapping[str, str] | None
-) -> list[tuple[str, str, tuple[int, int]]]:
+def _linears(block: nn.Module, path: str, roles: Mapping[str, str] | None) -> list[tuple[str, str, tuple[int, int]]]:
     """(role, absolute path, widths) of each linear layer in a block; without roles, the path is the role."""
     if roles is None:
         found = [(name, f"{path}.{name}", features(module)) for name, module in block.named_modules() if name]
@@ -130,7 +128,9 @@ def _repeated_blocks(base: nn.Module, model_type: str) -> tuple[str, nn.Module]:
             if _linears(module[0], "", None) and (best is None or size > best[0]):
                 best = (size, name, module)
     if best is None:
-        raise SettingError("model", model_type, "no list of repeated blocks with linear layers was found; give model.layout")
+        raise SettingError(
+            "model", model_type, "no list of repeated blocks with linear layers was found; give model.layout"
+        )
     return best[1], best[2]
 
 
@@ -140,7 +140,9 @@ def _stream_width(sites: Sequence[Site], layout: BoundLayout) -> int:
     for role in ("q", "qkv"):
         if role in first:
             return first[role].in_features
-    raise SettingError("model.layout", dict(layout.layout.roles), "a role q or qkv is needed to know the stream's width")
+    raise SettingError(
+        "model.layout", dict(layout.layout.roles), "a role q or qkv is needed to know the stream's width"
+    )
 
 
 @dataclass(frozen=True)
@@ -229,18 +231,21 @@ class SearchSpace:
     def _check_renorm(self, sites: Sequence[Site], found: Survey) -> None:
         layout = found.layout
         for site in sites:
-            if layout is not None and isinstance(site.sink, Tap) and (span := site.span or 0) > 1:
-                if layout.write(site.sink, span).norm is None:
-                    raise SettingError(
-                        "search_space.renorm", True, f"the layout of {found.model_type} names no norm for it; use false"
-                    )
+            if layout is None or not isinstance(site.sink, Tap) or (site.span or 0) < 2:
+                continue
+            if layout.write(site.sink, site.span or 0).norm is None:
+                raise SettingError(
+                    "search_space.renorm", True, f"the layout of {found.model_type} names no norm for it; use false"
+                )
 
 
 def _matches(rule: str | Mapping[str, Any], site: Site, depth: int) -> bool:
     if isinstance(rule, str):
         return rule in (site.role, site.kind)
     if unknown := set(rule) - set(_KEYS):
-        raise SettingError("search_space.include", dict(rule), f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}")
+        raise SettingError(
+            "search_space.include", dict(rule), f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}"
+        )
     for key, wanted in rule.items():
         values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
         if key == "layer":
@@ -255,7 +260,9 @@ def _existing(sites: Sequence[Site], found: Survey) -> str:
         kind: list(dict.fromkeys(site.role for site in sites if site.kind == kind)) for kind in ("lora", "shortcut")
     }
     text = f"roles of kind lora: {roles['lora']}, of kind shortcut: {roles['shortcut']}"
-    text += f", layers {sorted({site.layer for site in sites})}, spans {sorted({site.span for site in sites if site.span})}"
+    text += (
+        f", layers {sorted({site.layer for site in sites})}, spans {sorted({site.span for site in sites if site.span})}"
+    )
     if found.layout is None:
         text += f" (model type {found.model_type!r} has no layout entry, and shortcuts need one: give model.layout)"
     return text

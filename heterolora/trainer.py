@@ -49,10 +49,8 @@ class TrainerSettings:
         if self.threads is not None and not 1 <= self.threads <= (os.cpu_count() or 1):
             raise SettingError("threads", self.threads, f"1 to {os.cpu_count()}, or null")
 
-    def make(
-        self, folder: Path, callbacks: Sequence[Callback], logger: Any, clip: float | None
-    ) -> tuple[L.Trainer, ModelCheckpoint]:
-        """The trainer, and the callback that keeps the newest epoch's checkpoint in ``folder/checkpoints``.
+    def make(self, folder: Path, callbacks: Sequence[Callback], logger: Any, clip: float | None) -> L.Trainer:
+        """The trainer; it keeps the newest epoch's checkpoint in ``folder/checkpoints``.
 
         Raises:
             SettingError: if Lightning refuses a value.
@@ -63,7 +61,7 @@ class TrainerSettings:
             folder / "checkpoints", filename="epoch_{epoch}", auto_insert_metric_name=False, every_n_epochs=1
         )
         try:
-            trainer = L.Trainer(
+            return L.Trainer(
                 max_epochs=self.max_epochs,
                 max_steps=self.max_steps,
                 precision=self.precision,  # type: ignore[arg-type]
@@ -83,4 +81,3 @@ class TrainerSettings:
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise SettingError("trainer", self, f"Lightning refuses it: {error}") from error
-        return trainer, checkpoint

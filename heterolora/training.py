@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +130,7 @@ class _Run:
             lambda lit: self._search(lit, data, backbone), lambda result: self._found(result, space)
         )
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
-        trainer, checkpoint = parts.trainer.make(
-            self.folder, [allocate, *parts.callbacks], logger, parts.optimizer.clip
-        )
+        trainer = parts.trainer.make(self.folder, [allocate, *parts.callbacks], logger, parts.optimizer.clip)
         start = time.perf_counter()
         ckpt_path = None
         if self.resume is not None:
@@ -195,13 +194,15 @@ class _Run:
         write_json(self.folder / "allocation.json", allocation.as_dict())
         rows = site_rows(space, result, self.parts.adapter)
         table = pd.DataFrame(rows, columns=list(_SITE_COLUMNS))
-        write_whole(self.folder / "sites.csv", lambda path: table.to_csv(path, index=False))
+        write_whole(self.folder / "sites.csv", partial(table.to_csv, index=False))
         if scores is not None:
             write_json(
                 self.folder / "scores.json",
                 {
                     "proxy": self.parts.choices.get("proxy"),
-                    "scores": {name: value if isinstance(value, float) else list(value) for name, value in scores.items()},
+                    "scores": {
+                        name: value if isinstance(value, float) else list(value) for name, value in scores.items()
+                    },
                     "rows": self._scored_rows,
                 },
             )
@@ -217,7 +218,7 @@ class _Run:
         self._write_config()
         for name in ("sites.json", "sites.csv", "scores.json", "allocation.json", "allocation.png"):
             if (resume.run / name).exists():
-                write_whole(self.folder / name, lambda path, name=name: shutil.copyfile(resume.run / name, path) and None)
+                write_whole(self.folder / name, partial(shutil.copyfile, resume.run / name))
 
     def _write_config(self) -> None:
         write_text(self.folder / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
@@ -265,7 +266,10 @@ class _Run:
                 "head": head,
                 "backbone": module.model.space.survey.parameters - head,
             },
-            "sites": {"candidates": len(module.model.space.sites), "active": sum(map(bool, module.model.ranks.values()))},
+            "sites": {
+                "candidates": len(module.model.space.sites),
+                "active": sum(map(bool, module.model.ranks.values())),
+            },
             "seconds": {"search": None if self.result is None else self.result.seconds, "training": training_seconds},
             "peak_memory_mib": peak_mib(),
             "data": {
@@ -293,7 +297,7 @@ class _Run:
                     **{f"logit_{name}": found["logits"][:, code] for code, name in enumerate(labels)},
                 }
             )
-            write_whole(self.folder / f"predictions_{split}.csv", lambda path, t=table: t.to_csv(path, index=False))
+            write_whole(self.folder / f"predictions_{split}.csv", partial(table.to_csv, index=False))
         state = {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
         metadata = {"format": "heterolora-1", "backbone": str(summary["backbone"])}
         write_whole(self.folder / "adapter.safetensors", lambda path: save_file(state, path, metadata))
@@ -308,13 +312,14 @@ class _Run:
             ours = pd.read_csv(new)
             before = pd.read_csv(old)
             joined = pd.concat([before[before["epoch"] < ours["epoch"].min()], ours])
-            write_whole(new, lambda path: joined.to_csv(path, index=False))
+            write_whole(new, partial(joined.to_csv, index=False))
 
     def _title(self) -> str:
-        names = {key: self.parts.choices.get(key, "?") for key in ("model", "search_space", "proxy", "allocator", "budget")}
-        proxy = f"{names['proxy']}, " if self.parts.allocator.gain_rule is not None else ""
-        where = f"{names['model']} {names['search_space']}"
-        return f"{self.parts.task.name} on {where}, {proxy}{names['allocator']}, {names['budget']}, seed {self.parts.seed}"
+        keys = ["model", "search_space", "proxy", "allocator", "budget"]
+        if self.parts.allocator.gain_rule is None:
+            keys.remove("proxy")
+        chosen = ", ".join(str(self.parts.choices.get(key, "?")) for key in keys)
+        return f"{self.parts.task.name}: {chosen}, seed {self.parts.seed}"
 
 
 def site_rows(space: Space, result: SearchResult, family: AdapterFamily) -> list[list[Any]]:

@@ -29,7 +29,7 @@ class AdapterFamily(Protocol):
         """A fresh adapter whose delta is zero, drawn from ``(seed, site.name)`` and nested in the rank."""
 
     def probe(self, site: Site, rank: int, std: float, seed: int) -> nn.Module:
-        """An adapter for scoring, all factors drawn from N(0, std^2), from ``(seed, site.name)`` and nested in the rank."""
+        """An adapter for scoring: all factors from N(0, std^2), from ``(seed, site.name)``, nested in the rank."""
 
     def scale_at(self, site: Site, rank: int) -> float:
         """What the product of the factors is multiplied with."""

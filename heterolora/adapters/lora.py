@@ -72,7 +72,9 @@ class LoRA:
         """Factor of ``B A`` at this site and rank."""
         if isinstance(self.scale, Mapping):
             if site.kind not in self.scale:
-                raise SettingError("adapter.scale", dict(self.scale), f"a scale for sites of kind {site.kind} is missing")
+                raise SettingError(
+                    "adapter.scale", dict(self.scale), f"a scale for sites of kind {site.kind} is missing"
+                )
             alpha = self.scale[site.kind]
         else:
             alpha = self.scale

@@ -83,9 +83,7 @@ class Allocator(Protocol):
     def gain_rule(self) -> GainRule | None:
         """How scores become gains; None: the allocator looks at no scores, and none need be computed."""
 
-    def allocate(
-        self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]
-    ) -> Allocation:
+    def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
         """Ranks within the budget.
 
         Args:

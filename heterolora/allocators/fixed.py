@@ -25,7 +25,9 @@ class Fixed:
 
     def __post_init__(self) -> None:
         if self.path is None:
-            raise SettingError("path", None, "allocator=fixed needs the file to read, e.g. allocator.path=RUN/allocation.json")
+            raise SettingError(
+                "path", None, "allocator=fixed needs the file to read, e.g. allocator.path=RUN/allocation.json"
+            )
         if not Path(self.path).is_file():
             raise SettingError("path", self.path, "no such file")
 

@@ -30,7 +30,9 @@ class EpochLog(L.Callback):
             return
         values = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("validation/")}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        _log.info("epoch %d of %s, step %d: %s", trainer.current_epoch + 1, trainer.max_epochs, trainer.global_step, shown)
+        _log.info(
+            "epoch %d of %s, step %d: %s", trainer.current_epoch + 1, trainer.max_epochs, trainer.global_step, shown
+        )
 
 
 class TerminalBar(RichProgressBar):

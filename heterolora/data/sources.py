@@ -74,8 +74,8 @@ _GLUE_FILES = {"train": ("train.tsv",), "validation": ("dev.tsv",), "test": ("ms
 class Glue:
     """A task of GLUE (Wang et al. 2019, arXiv 1804.07461): official files in a folder, or the hub's copy.
 
-    The folder is ``ROOT/glue/MRPC``, ``ROOT/glue/RTE``, ... with ``train.tsv`` and ``dev.tsv``; MRPC's labelled test set
-    is ``msr_paraphrase_test.txt``. A test file without labels counts as hidden.
+    The folder is ``ROOT/glue/MRPC``, ``ROOT/glue/RTE``, ... with ``train.tsv`` and ``dev.tsv``; MRPC's labelled test
+    set is ``msr_paraphrase_test.txt``. A test file without labels counts as hidden.
 
     Args:
         subset: name of the task on the hub, e.g. ``mrpc``.

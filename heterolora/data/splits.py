@@ -64,7 +64,7 @@ def make_splits(data: Labelled, validation_share: float, seed: int, limit: int |
 
 
 def _split(table: pd.DataFrame, share: float, seed: int, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(rest, chosen): round(share * n) rows, the classes in proportion (largest remainders first), both in file order."""
+    """(rest, chosen): round(share * n) rows, classes in proportion (largest remainders first), both in file order."""
     chosen = _stratified(table["label"].to_numpy(), round(share * len(table)), seed, name)
     mask = np.zeros(len(table), dtype=bool)
     mask[chosen] = True

@@ -49,7 +49,9 @@ def check_scores(name: str, proxy: Proxy, scores: Mapping[str, Score], sites: Se
         raise DegenerateScores(f"proxy={name}: every site needs one score; missing {missing}, unknown {extra}")
     flat = {site: list(value) if isinstance(value, Sequence) else [value] for site, value in scores.items()}
     if bad := [site for site, values in flat.items() if not all(map(math.isfinite, values))]:
-        raise DegenerateScores(f"proxy={name}: scores that are not finite at {bad[:5]} ({len(bad)} sites); {proxy.remedy}")
+        raise DegenerateScores(
+            f"proxy={name}: scores that are not finite at {bad[:5]} ({len(bad)} sites); {proxy.remedy}"
+        )
     if bad := [site for site, values in flat.items() if sorted(values, reverse=True) != values]:
         raise DegenerateScores(f"proxy={name}: values per unit of rank must not increase, they do at {bad[:5]}")
     if proxy.control or not flat:

@@ -1,8 +1,8 @@
 """The one gradient pass that all first-order proxies share.
 
-Let G = sum over tokens of (loss gradient at the sink)(source value)^T, ``[out, in]``: the gradient of the map that would
-be added at the site (for a LoRA site: the gradient of its frozen weight). It exists at every site, with an adapter or
-without, and everything first-order follows from it: ``g_B = scale G A^T``, ``g_A = scale B^T G``.
+Let G = sum over tokens of (loss gradient at the sink)(source value)^T, ``[out, in]``: the gradient of the map that
+would be added at the site (for a LoRA site: the gradient of its frozen weight). It exists at every site, with an
+adapter or without, and everything first-order follows from it: ``g_B = scale G A^T``, ``g_A = scale B^T G``.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Track(Protocol):
 
 
 class Statistic(Protocol):
-    """Something summed over batches at each site. Equal statistics of two proxies are gathered once: make it hashable."""
+    """Something summed over batches at each site; hashable, so that equal ones of two proxies are gathered once."""
 
     def observe(self, adapter: Adapter, source: torch.Tensor, gradient: torch.Tensor) -> Values:
         """One batch's contribution, from the source ``[tokens, in]`` and the sink's gradient ``[tokens, out]``."""
@@ -107,12 +107,7 @@ def gather(
         source = source.reshape(-1, site.in_features).to(dtype)
         gradient = gradient.reshape(-1, site.out_features).to(dtype)
         for statistic in wanted:
-            new, old = statistic.observe(adapter, source, gradient), sums[statistic].get(site.name)
-            if old is None:
-                sums[statistic][site.name] = new
-            else:
-                for held, part in zip(old, new, strict=True):
-                    held += part
+            _add(sums[statistic], site.name, statistic.observe(adapter, source, gradient))
 
     def run() -> None:
         with model.probing(observe, adapters) as zero:
@@ -133,8 +128,14 @@ def gather(
     finally:
         model.train(was_training)
     if reduction == "mean":
-        for values in sums.values():
-            for parts in values.values():
-                for part in parts:
-                    part /= len(batches)
+        for part in (part for values in sums.values() for parts in values.values() for part in parts):
+            part /= len(batches)
     return sums
+
+
+def _add(sums: dict[str, Values], name: str, new: Values) -> None:
+    if name not in sums:
+        sums[name] = new
+        return
+    for held, part in zip(sums[name], new, strict=True):
+        held += part

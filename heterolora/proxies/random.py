@@ -21,4 +21,6 @@ class Random:
 
     def score(self, evidence: Evidence) -> dict[str, float]:
         """The draws; those of one site do not depend on which other sites there are."""
-        return {site.name: random.Random(derive(evidence.seed, "random", site.name)).random() for site in evidence.sites}
+        return {
+            site.name: random.Random(derive(evidence.seed, "random", site.name)).random() for site in evidence.sites
+        }

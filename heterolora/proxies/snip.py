@@ -7,7 +7,7 @@ from heterolora.proxies.evidence import Evidence, FactorGradients, Statistic
 
 @dataclass(frozen=True)
 class Snip:
-    """``sum |A o g_A| + sum |B o g_B|`` of the summed gradient; identically 0 where B = 0, so it needs random factors."""
+    """``sum |A o g_A| + sum |B o g_B|`` of the summed gradient; 0 everywhere if B = 0, so it needs random factors."""
 
     control = False
     remedy = "with B = 0 every |weight * gradient| is 0: use probe.init=random"

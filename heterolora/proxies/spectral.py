@@ -25,11 +25,13 @@ class Spectral:
 
     def score(self, evidence: Evidence) -> dict[str, list[float]]:
         """min(in, out) values for each site, largest first."""
-        return {site.name: squared_singular_values(*evidence.gathered[MapGradient()][site.name]) for site in evidence.sites}
+        return {
+            site.name: squared_singular_values(*evidence.gathered[MapGradient()][site.name]) for site in evidence.sites
+        }
 
 
 def squared_singular_values(matrix: torch.Tensor) -> list[float]:
-    """Eigenvalues of the smaller Gram matrix, in float64: many times faster than an SVD, exact to 1e-15 of the largest."""
+    """Eigenvalues of the smaller Gram matrix, in float64: far faster than an SVD, exact to 1e-15 of the largest."""
     matrix = matrix.double()
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     if not torch.isfinite(gram).all():

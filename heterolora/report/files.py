@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a scratch file beside ``path``, then move it there in one step."""
     handle, scratch = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -22,7 +22,7 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Text, whole or not at all."""
-    write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8") and None)
+    write_whole(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

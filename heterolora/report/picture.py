@@ -8,13 +8,14 @@ from matplotlib.figure import Figure
 
 from heterolora.allocation import Allocation
 from heterolora.report.files import write_whole
+from heterolora.sites import Site
 from heterolora.space import Space
 
 
 def rank_grid(space: Space, allocation: Allocation) -> tuple[list[str], list[int], list[list[int | None]]]:
     """Rows (role, with its span if it is long), columns (layers), and the rank at each; None: no such site."""
     depth = 1 + max(site.layer for site in space.survey.lora_sites)
-    rows = {}
+    rows: dict[str, list[int | None]] = {}
     for site in space.sites:
         label = site.name.partition(".")[2]
         rows.setdefault(label, [None] * depth)[site.layer] = allocation.ranks[site.name]
@@ -22,8 +23,8 @@ def rank_grid(space: Space, allocation: Allocation) -> tuple[list[str], list[int
     return roles, list(range(depth)), [rows[role] for role in roles]
 
 
-def _family(site: object) -> tuple[str, int]:
-    return site.kind, getattr(site, "span", None) or 0  # type: ignore[attr-defined]
+def _family(site: Site) -> tuple[str, int]:
+    return site.kind, site.span or 0
 
 
 def draw_allocation(space: Space, allocation: Allocation, title: str, path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch.nn import functional
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryF1Score, MulticlassAccuracy
 
 from heterolora.data.sources import Source
@@ -24,7 +24,7 @@ class Classification:
         source: where the labelled text comes from.
         text: names of the text columns: one sentence or a pair.
         labels: names of the classes, in the order of their codes.
-        metrics: ``accuracy``, ``f1`` (of the class with code 1, as GLUE has it; for two classes); the first is the result.
+        metrics: ``accuracy``, ``f1`` (of class 1, as GLUE has it; for two classes); the first is the result.
         mode: whether a larger or a smaller first metric is better.
         max_length: tokens after which inputs are cut.
     """
@@ -68,9 +68,10 @@ class Classification:
 
     def make_metrics(self) -> MetricCollection:
         """Fresh torchmetrics."""
-        makers = {"accuracy": lambda: MulticlassAccuracy(len(self.labels), average="micro"), "f1": BinaryF1Score}
-        return MetricCollection({metric: makers[metric]() for metric in self.metrics})
+        accuracy = MulticlassAccuracy(len(self.labels), average="micro")
+        known: dict[str, Metric] = {"accuracy": accuracy, "f1": BinaryF1Score()}
+        return MetricCollection({name: known[name] for name in self.metrics})
 
     def collapsed(self, predictions: torch.Tensor, labels: torch.Tensor) -> bool:
         """One class is predicted for all examples although there are several."""
-        return len(predictions.unique()) == 1 and len(labels.unique()) > 1
+        return len(torch.unique(predictions)) == 1 and len(torch.unique(labels)) > 1
