@@ -152,7 +152,8 @@ class AdaptedModel(nn.Module):
         self._install(fresh)
 
     def _install(self, adapters: Mapping[str, nn.Module]) -> None:
-        self.adapters = nn.ModuleDict({_key(name): adapters[name] for name in self._sites if name in adapters})
+        self.adapters.clear()
+        self.adapters.update({_key(name): adapters[name] for name in self._sites if name in adapters})
         self.adapters.train(self.training)
         self._off = frozenset()
         self._rehook()

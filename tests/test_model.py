@@ -32,7 +32,7 @@ def capture_taps(model, batch):
         module = model.backbone.get_submodule(point.module)
 
         def keep(value, index=index):
-            seen[index] = value.reshape(batch["input_ids"].shape + (-1,)).detach().clone()
+            seen[index] = value.reshape((*batch["input_ids"].shape, -1)).detach().clone()
 
         if point.side == "pre":
             handles.append(module.register_forward_pre_hook(lambda m, a, p=point, k=keep: k(a[p.index])))
@@ -97,7 +97,7 @@ def test_a_delta_changes_exactly_its_sink(adapted, batch):
     """A shortcut's delta is added to its sink's tap, to the last digit, and to no earlier tap."""
     before = capture_taps(adapted, batch)
     for site in adapted.space.sites:
-        if site.kind != "shortcut" or site.span == 1 and adapted.space.survey.model_type != "llama":
+        if site.kind != "shortcut" or (site.span == 1 and adapted.space.survey.model_type != "llama"):
             continue  # before a post-norm the sum itself is no tap: test_deltas_follow_the_formula covers it
         adapted.enable({site.name: 2}, seed=0)
         randomise(adapted)
@@ -220,9 +220,7 @@ def test_no_delta_passes_through_the_backbones_dropout(architecture):
         torch.manual_seed(5)
         after = capture_taps(model, batch)
         expected = model.adapter(site.name)(after[site.source.index])
-        torch.testing.assert_close(
-            after[site.sink.index] - before[site.sink.index], expected, rtol=0, atol=1e-12
-        )
+        torch.testing.assert_close(after[site.sink.index] - before[site.sink.index], expected, rtol=0, atol=1e-12)
 
 
 def test_span_1_deltas_do_not_pass_through_dropout(architecture):
@@ -465,9 +463,14 @@ def test_swapped_adapters_come_back(adapted, batch):
     randomise(adapted)
     adapted.switch_off(["0.v"])
     before, held = logits(adapted, batch), adapted.adapter("0.q")
-    with pytest.raises(ZeroDivisionError), adapted.swapped({}):
-        assert adapted.held_parameters == 0
-        raise ZeroDivisionError
+
+    def fail():
+        with adapted.swapped({}):
+            assert adapted.held_parameters == 0
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert adapted.adapter("0.q") is held
     assert torch.equal(logits(adapted, batch), before)
 
