@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
@@ -89,13 +89,14 @@ class LitAdapted(L.LightningModule):
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Refuse to train a model whose allocation never happened."""
+        """Seed dropout, from the run's seed and the position alone: the same for every allocation and after a resume.
+
+        Raises:
+            RuntimeError: if the allocation never happened.
+        """
         if not self.model.held_parameters:
             raise RuntimeError("no adapter is enabled: the allocation callback did not run before training")
-
-    def on_train_epoch_start(self) -> None:
-        """Dropout draws depend on the seed and the epoch alone, so that an epoch is the same after a resume."""
-        torch.manual_seed(derive(self.seed, "epoch", self.trainer.current_epoch))
+        torch.manual_seed(derive(self.seed, "dropout", self.trainer.current_epoch, batch_idx))
 
     def on_train_epoch_end(self) -> None:
         """Stop a run that has diverged.

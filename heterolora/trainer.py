@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L  # noqa: N812
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -58,7 +58,10 @@ class TrainerSettings:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         checkpoint = ModelCheckpoint(
-            folder / "checkpoints", filename="epoch_{epoch}", auto_insert_metric_name=False, every_n_epochs=1
+            folder / "checkpoints",
+            filename="epoch_{epoch}",
+            auto_insert_metric_name=False,
+            save_on_train_epoch_end=True,
         )
         try:
             return L.Trainer(

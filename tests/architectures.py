@@ -23,7 +23,9 @@ def make_backbone(name: str, dropout: float = 0.0, dtype: torch.dtype = torch.fl
             setattr(config, key, dropout)
     config._attn_implementation = "sdpa"
     generator = torch.Generator().manual_seed(7)
-    model = transformers.AutoModelForSequenceClassification.from_config(config).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model = transformers.AutoModelForSequenceClassification.from_config(config).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.15

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import lightning as L  # noqa: N812
+import lightning as L
 
 from heterolora.lit import LitAdapted
 from heterolora.search import SearchResult

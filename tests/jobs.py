@@ -1,0 +1,62 @@
+"""Runs of train.py inside the test's process, on tiny models and few sentences."""
+
+import json
+from pathlib import Path
+
+import lightning as L
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import open_dict
+
+from heterolora.run import train
+
+CONF = Path(__file__).parents[1] / "conf"
+
+TINY = (
+    "model=tiny_bert",
+    "data.limit=48",
+    "data.batch_size=8",
+    "data.cache_dir=null",
+    "task.max_length=24",
+    "probe.batches=2",
+    "probe.head_warmup_steps=2",
+    "trainer.max_epochs=2",
+    "trainer.accelerator=cpu",
+)
+
+
+def compose_job(*overrides: str):
+    """The config of a job, Hydra's part included."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", overrides=list(overrides), return_hydra_config=True)
+
+
+def run_job(folder: Path, *overrides: str) -> dict:
+    """Run a job whose folder is ``folder``; its summary."""
+    folder.mkdir(parents=True)
+    cfg = compose_job(*TINY, f"outputs={folder.parent}", *overrides)
+    cfg.hydra.runtime.output_dir = str(folder)
+    cfg.hydra.runtime.cwd = str(Path.cwd())
+    cfg.hydra.overrides.task = list(overrides)
+    HydraConfig.instance().set_config(cfg)
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        del cfg["hydra"]
+    value = train(cfg)
+    summary = json.loads((folder / "summary.json").read_text())
+    first = next(iter(summary["metrics"]["validation"]))
+    assert value == summary["metrics"]["validation"][first]
+    return summary
+
+
+class StopAt(L.Callback):
+    """Breaks off when an epoch starts, as a crash would."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("broken off by the test")

@@ -1,0 +1,260 @@
+"""Whole jobs on tiny models: what they leave, that they repeat, that they resume, how they refuse."""
+
+import json
+import logging
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from heterolora.run import RunFailed, newest_checkpoint
+from tests.jobs import CONF, StopAt, run_job
+
+pytestmark = pytest.mark.medium
+
+FILES = {
+    "adapter.safetensors",
+    "allocation.json",
+    "allocation.png",
+    "checkpoints",
+    "config.yaml",
+    "metrics.csv",
+    "predictions_test.csv",
+    "predictions_validation.csv",
+    "scores.json",
+    "sites.csv",
+    "sites.json",
+    "status.json",
+    "summary.json",
+}
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    """Adapters, head, final metrics and the predictions' logits of two runs."""
+    first, second = load_file(a / "adapter.safetensors"), load_file(b / "adapter.safetensors")
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (a, b)]
+    predictions = [(run / "predictions_test.csv").read_text() for run in (a, b)]
+    return (
+        first.keys() == second.keys()
+        and all(torch.equal(first[key], second[key]) for key in first)
+        and summaries[0]["metrics"] == summaries[1]["metrics"]
+        and predictions[0] == predictions[1]
+    )
+
+
+def test_a_run_leaves_everything_and_it_agrees(tmp_path):
+    summary = run_job(tmp_path / "a")
+    run = tmp_path / "a"
+    assert {path.name for path in run.iterdir()} == FILES
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "finished"
+    allocation = json.loads((run / "allocation.json").read_text())
+    sites = {site["name"]: site for site in json.loads((run / "sites.json").read_text())}
+    cost = sum(rank * (sites[n]["in_features"] + sites[n]["out_features"]) for n, rank in allocation["ranks"].items())
+    parameters = summary["parameters"]
+    assert cost == allocation["spent"] == parameters["held"] == parameters["active"]
+    assert parameters["budget"] == 2048 == 2 * 2 * 8 * 64  # layers x (q, v) x rank x (in + out)
+    assert parameters["unspent"] == 2048 - cost < 64  # less than the cheapest unit
+    tensors = load_file(run / "adapter.safetensors")
+    active = {name for name, rank in allocation["ranks"].items() if rank}
+    assert {key.removeprefix("adapter.")[:-2] for key in tensors if key.startswith("adapter.")} == active
+    assert {key for key in tensors if key.startswith("head.")} == {"head.classifier.weight", "head.classifier.bias"}
+    with safe_open(run / "adapter.safetensors", "pt") as file:
+        assert file.metadata()["backbone"] == summary["backbone"] == allocation["provenance"]["backbone"]
+    table = pd.read_csv(run / "sites.csv")
+    assert list(table["site"]) == list(sites)
+    assert table["parameters"].sum() == cost
+    predictions = pd.read_csv(run / "predictions_test.csv")
+    assert list(predictions["index"]) == list(range(summary["data"]["sizes"]["test"]))
+    accuracy = (predictions["label"] == predictions["prediction"]).mean()
+    assert summary["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
+    steps = pd.read_csv(run / "metrics.csv")
+    assert {"train/loss_step", "validation/accuracy", "test/accuracy"} <= set(steps)
+
+
+def test_the_checkpoint_holds_only_what_is_trained_and_loads_weights_only(tmp_path):
+    run_job(tmp_path / "a")
+    checkpoint = torch.load(newest_checkpoint(tmp_path / "a"), weights_only=True)
+    adapters = load_file(tmp_path / "a" / "adapter.safetensors")
+    assert checkpoint["state_dict"].keys() == adapters.keys()
+    assert checkpoint["ranks"] == {
+        name: rank
+        for name, rank in json.loads((tmp_path / "a" / "allocation.json").read_text())["ranks"].items()
+        if rank
+    }
+
+
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_opt"])
+def test_the_same_command_twice_gives_the_same_bits(tmp_path, model):
+    run_job(tmp_path / "a", f"model={model}")
+    torch.rand(5)  # whatever happened in the process before must not matter
+    run_job(tmp_path / "b", f"model={model}")
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    run_job(tmp_path / "c", f"model={model}", "seed=1")
+    assert not same_bits(tmp_path / "a", tmp_path / "c")
+
+
+def test_fine_tuning_after_a_search_equals_fine_tuning_under_the_file(tmp_path):
+    run_job(tmp_path / "a")
+    run_job(tmp_path / "b", "allocator=fixed", f"allocator.path={tmp_path}/a/allocation.json")
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b" / "scores.json").exists()
+
+
+@pytest.mark.parametrize("how", ["true", "path"])
+def test_a_run_broken_off_between_epochs_resumes_to_the_same_bits(tmp_path, how):
+    settings = ["trainer.max_epochs=3", "adapter.dropout=0.1"]
+    run_job(tmp_path / "whole", *settings)
+    stop = [f"+callbacks.stop._target_={StopAt.__module__}.StopAt", "+callbacks.stop.epoch=2"]
+    with pytest.raises(RuntimeError, match="broken off"):
+        run_job(tmp_path / "first", *settings, *stop)
+    assert json.loads((tmp_path / "first" / "status.json").read_text())["state"] == "failed"
+    resume = "resume=true" if how == "true" else f"resume={tmp_path}/first"
+    summary = run_job(tmp_path / "second", *settings, resume)
+    assert summary["resumed_from"] == str(tmp_path / "first")
+    assert same_bits(tmp_path / "whole", tmp_path / "second")
+    curves = [
+        pd.read_csv(tmp_path / run / "metrics.csv")["validation/accuracy"].dropna() for run in ("whole", "second")
+    ]
+    assert list(curves[0]) == list(curves[1])
+    assert (tmp_path / "second" / "allocation.json").read_text() == (tmp_path / "whole" / "allocation.json").read_text()
+
+
+def test_resume_true_without_an_unfinished_run_starts_anew(tmp_path, caplog):
+    run_job(tmp_path / "a")
+    with caplog.at_level(logging.INFO):
+        run_job(tmp_path / "b", "resume=true")
+    assert "starting anew" in caplog.text
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+
+
+def test_resuming_a_run_with_another_config_is_refused(tmp_path):
+    run_job(tmp_path / "a")
+    with pytest.raises(RunFailed, match="another config"):
+        run_job(tmp_path / "b", f"resume={tmp_path}/a", "seed=3")
+    with pytest.raises(RunFailed, match="no checkpoint"):
+        run_job(tmp_path / "c", f"resume={tmp_path}/nowhere")
+
+
+OPTIONS = [
+    f"{path.parent.name}={path.stem}"
+    for path in sorted(CONF.glob("*/*.yaml"))
+    if path.parent.name in ("search_space", "proxy", "allocator", "budget", "adapter")
+]
+
+
+def test_options_of_every_group_were_found():
+    assert {option.partition("=")[0] for option in OPTIONS} == {
+        "search_space",
+        "proxy",
+        "allocator",
+        "budget",
+        "adapter",
+    }
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_trains(tmp_path, option):
+    extra = {
+        "allocator=fixed": [f"allocator.path={tmp_path}/ranks.json"],
+        "allocator=uniform": ["search_space=lora_qv"],
+        "budget=fraction": ["allocator=top"],
+        "budget=params": ["budget.value=2000"],
+        "budget=qv_r2": ["allocator=top", "allocator.rank=2"],
+    }
+    (tmp_path / "ranks.json").write_text(json.dumps({"0.q": 2, "1.shortcut_ffn": 3}))
+    summary = run_job(tmp_path / "a", option, *extra.get(option, []), "trainer.max_steps=2", "logger=none")
+    assert summary["steps"] == 2
+    assert summary["parameters"]["held"] > 0
+    assert not (tmp_path / "a" / "metrics.csv").exists()
+
+
+def test_a_run_that_predicts_one_class_is_reported_as_collapsed(tmp_path, capsys):
+    summary = run_job(tmp_path / "a", "optimizer.lr=1e-9", "trainer.max_steps=1")
+    predictions = pd.read_csv(tmp_path / "a" / "predictions_test.csv")
+    one_class = predictions["prediction"].nunique() == 1
+    assert summary["collapsed"]["test"] == one_class
+    assert one_class, "the tiny model is expected to predict one class after one tiny step"
+    assert "COLLAPSED" in capsys.readouterr().out
+
+
+BAD = [
+    (["optimizer.lr=abc"], r"optimizer\.lr=abc: "),
+    (["optimizer.lr=-1"], r"optimizer\.lr=-1"),
+    (["seed=-1"], "seed=-1: a whole number"),
+    (["seed=1.5"], "seed=1.5: a whole number"),
+    (["probe.batches=0"], r"probe\.batches=0: a whole number of at least 1"),
+    (["probe.batches=1000"], r"probe\.batches=1000: the training split has \d+ batches of 8"),
+    (["trainer.devices=2"], r"trainer\.devices=2: only 1"),
+    (["trainer.precision=7"], r"trainer.*precision"),
+    (["data.root=/nowhere"], r"data\.root=/nowhere: no such folder"),
+    (["task=mrpc", "data.root=null"], r"data\.root=None: .*HETEROLORA_DATA"),
+    (["search_space.include=[nope]"], r"search_space\.include=nope: matches no site; roles of kind lora: \['q'"),
+    (["search_space.spans=[9]"], r"search_space\.spans=\[9\]: spans from 1 to 4"),
+    (["search_space.renorm=true"], r"search_space\.renorm=True: the layout of bert names no norm"),
+    (["budget=params", "budget.value=3"], "cheapest site costs 64"),
+    (["budget=fraction"], "allocator=top"),
+    (["allocator=fixed"], r"allocator\.path=None: "),
+    (["allocator=uniform", "budget=params", "budget.value=200"], r"budget=200: rank 1 at all"),
+    (["proxy=snip", "probe.init=lora"], r"proxy=snip: every score is 0.*probe\.init=random"),
+    (["proxy._target_=nowhere.Proxy"], r"proxy\._target_=nowhere\.Proxy: cannot be imported"),
+    (["task.max_length=2"], r"task\.max_length=2"),
+    (["resume=7"], "resume=7: true, false or the folder"),
+    (["model.dropout=2"], r"model\.dropout=2"),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"), BAD, ids=lambda value: str(value[0]) if isinstance(value, list) else ""
+)
+def test_bad_input_gets_one_line_and_leaves_only_the_status(tmp_path, overrides, message):
+    with pytest.raises(RunFailed, match=message) as error:
+        run_job(tmp_path / "a", *overrides)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["status.json"]
+    status = json.loads((tmp_path / "a" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["error"] == str(error.value)
+
+
+def test_a_list_of_options_for_one_group_is_refused(tmp_path):
+    with pytest.raises(RunFailed, match=r"proxy=\[snip,grad_norm\]: one option"):
+        run_job(tmp_path / "a", "proxy=[snip,grad_norm]")
+
+
+def test_a_diverging_run_fails_and_says_what_to_change(tmp_path):
+    with pytest.raises(RunFailed, match=r"training loss is .*lower optimizer\.lr"):
+        run_job(tmp_path / "a", "optimizer.lr=1e30", "optimizer.clip=null")
+
+
+def test_wandb_writes_a_run_without_an_account(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run_job(tmp_path / "a", "logger=wandb", "trainer.max_steps=2")
+    run_job(tmp_path / "b", "logger=wandb", "trainer.max_steps=2")
+    found = [list((tmp_path / run).glob("wandb/offline-run-*/run-*.wandb")) for run in "ab"]
+    assert [len(files) for files in found] == [1, 1]
+    assert found[0][0].name != found[1][0].name
+    media = tmp_path / "a" / "wandb"
+    assert list(media.glob("offline-run-*/files/media/table/allocation/sites*.json"))
+    assert list(media.glob("offline-run-*/files/media/images/allocation/picture*.png"))
+
+
+def test_a_proxy_from_outside_the_project(tmp_path):
+    summary = run_job(tmp_path / "a", "proxy._target_=tests.test_run.ByLayer", "trainer.max_steps=2")
+    scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]
+    assert scores["1.q"] == 2.0
+    assert summary["parameters"]["held"] > 0
+
+
+class ByLayer:
+    """A proxy as a user would write one."""
+
+    control = False
+    remedy = ""
+    statistics = ()
+
+    def score(self, evidence):
+        return {site.name: site.layer + 1.0 for site in evidence.sites}
