@@ -63,7 +63,7 @@ def read_ranks(path: Path) -> dict[str, int]:
         ValueError: if the file is not JSON, or holds anything but whole ranks of at least 0.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not a JSON file ({error})") from error
     if isinstance(content, dict) and "format" in content:
@@ -76,3 +76,10 @@ def read_ranks(path: Path) -> dict[str, int]:
     if wrong:
         raise ValueError(f"ranks must be whole numbers of at least 0, got {wrong}")
     return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"named twice: {twice}")
+    return dict(pairs)

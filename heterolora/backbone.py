@@ -5,7 +5,7 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
+from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.hub import hub_reachable
 from heterolora.layouts import Layout
@@ -165,10 +166,7 @@ def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: froz
         model.config.pad_token_id = tokenizer.pad_token_id
     layout = None
     if settings.layout is not None:
-        known = {field.name for field in fields(Layout)}
-        if unknown := sorted(settings.layout.keys() - known):
-            raise SettingError("model.layout", unknown, f"unknown keys; possible: {sorted(known)}")
-        layout = Layout(**settings.layout)
+        layout = build({"_target_": "heterolora.layouts.Layout", **settings.layout}, "model.layout")
     return Backbone(model, tokenizer, tuple(head), fingerprint(model, head), layout, settings.gradient_checkpointing)
 
 

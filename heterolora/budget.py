@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction as Exact
 from typing import TYPE_CHECKING, Protocol
 
 from heterolora.errors import SettingError
@@ -57,7 +58,9 @@ class UniformRank:
         sites = space.survey.lora_sites
         existing = list(dict.fromkeys(site.role for site in sites))
         roles = existing if self.roles is None else list(self.roles)
-        if unknown := [role for role in roles if role not in existing] or not roles:
+        if not roles:
+            raise SettingError("budget.roles", roles, f"at least one of {existing}, or null for all")
+        if unknown := [role for role in roles if role not in existing]:
             raise SettingError("budget.roles", roles, f"{unknown} not in this backbone, which has {existing}")
         return sum(self.rank * (site.in_features + site.out_features) for site in sites if site.role in roles)
 
@@ -102,7 +105,8 @@ class Fraction:
     def resolve(self, space: "Space") -> SiteCount:
         """How many sites of each group (REFERENCE.md 1.6; Python's rounding, half to even, as in the paper's code)."""
         sizes = Counter(space.groups[site.name] for site in space.sites)
-        counts = {group: math.floor(self.p * n) if group == "lora" else round(self.p * n) for group, n in sizes.items()}
+        p = Exact(str(self.p))  # the number that was written: as floats, 0.7 * 180 is below 126
+        counts = {group: math.floor(p * n) if group == "lora" else round(p * n) for group, n in sizes.items()}
         if not any(counts.values()):
             raise SettingError("budget.p", self.p, f"no site of {dict(sizes)} would be chosen; give a larger share")
         return SiteCount(counts, self.rank)

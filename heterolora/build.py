@@ -5,7 +5,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 from heterolora.errors import SettingError
 
@@ -26,6 +27,8 @@ def build(node: Any, name: str) -> Any:
         raise SettingError(name, node, "needs a _target_, the import path of a class")
     target = find_target(node["_target_"], f"{name}._target_")
     values = {key: value for key, value in node.items() if key != "_target_"}
+    if not callable(target):
+        raise SettingError(f"{name}._target_", node["_target_"], "names no class")
     _check_names(target, values, name)
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     checked = {key: _argument(value, hints.get(key, Any), f"{name}.{key}") for key, value in values.items()}
@@ -44,15 +47,15 @@ def find_target(path: str, name: str) -> Any:
     module, _, attribute = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise SettingError(name, path, f"cannot be imported ({error})") from error
 
 
 def _check_names(target: Any, values: Mapping[str, Any], name: str) -> None:
-    parameters = inspect.signature(target).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    if unknown := sorted(values.keys() - parameters.keys()):
+    signature = inspect.signature(target).parameters
+    parameters = {k: p for k, p in signature.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in signature.values())
+    if not open_ended and (unknown := sorted(values.keys() - parameters.keys())):
         raise SettingError(f"{name}.{unknown[0]}", values[unknown[0]], f"unknown; possible: {sorted(parameters)}")
     required = {key for key, parameter in parameters.items() if parameter.default is parameter.empty}
     if missing := sorted(required - values.keys()):
@@ -61,12 +64,29 @@ def _check_names(target: Any, values: Mapping[str, Any], name: str) -> None:
 
 def _argument(value: Any, hint: Any, name: str) -> Any:
     """A nested object, or a plain value of the hinted type; numbers written as text become numbers."""
-    if isinstance(value, Mapping) and "_target_" in value:
-        return build(value, name)
-    if isinstance(value, bool) and hint in (int, float):  # True is not meant as 1
-        raise SettingError(name, value, f"a number is needed ({hint.__name__})")
+    given, value = value, _build_nested(value, name)
     try:
-        return TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except (SchemaError, PydanticUserError):  # a protocol or a dataclass: only a built object can be right
+        if value is not given:
+            return value
+        raise SettingError(name, value, "needs a _target_, the import path of a class") from None
+    try:  # strictly where there is a flag, for True is not meant as 1
+        return adapter.validate_python(value, strict=_holds_flag(value) or None)
     except ValidationError as error:
         reasons = "; ".join(dict.fromkeys(item["msg"] for item in error.errors()))
-        raise SettingError(name, value, reasons) from None
+        raise SettingError(name, given, reasons) from None
+
+
+def _build_nested(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping) and "_target_" in value:
+        return build(value, name)
+    if isinstance(value, list):
+        return [_build_nested(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    return value
+
+
+def _holds_flag(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_flag, value.values()))
+    return isinstance(value, bool) or (isinstance(value, list) and any(map(_holds_flag, value)))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from heterolora.errors import SettingError
 from heterolora.sites import Tap
 
-_POINT = re.compile(r"(?P<module>[\w.]+)\.(?P<side>pre|post)(\[(?P<index>\d+)\])?")
+_POINT = re.compile(r"(?P<module>\w+(\.\w+)*)\.(?P<side>pre|post)(\[(?P<index>\d+)\])?")
 
 
 @dataclass(frozen=True)

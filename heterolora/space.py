@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from heterolora.errors import SettingError
-from heterolora.layouts import BoundLayout, Layout, check_layout, find_layout
+from heterolora.layouts import BoundLayout, HookPoint, Layout, check_layout, find_layout
 from heterolora.sites import Port, Site, Tap
 
 _KEYS = ("kind", "role", "layer", "span")
@@ -86,16 +86,30 @@ def survey(backbone: nn.Module, layout: Layout | None = None) -> Survey:
     else:
         blocks_path, blocks = layout.blocks, _submodule(base, layout.blocks)
         roles = {path: role for role, path in layout.roles.items()}
+    if not isinstance(blocks, nn.ModuleList | nn.Sequential):
+        raise SettingError("model.layout", blocks_path, "no list of blocks")
     root = ".".join(part for part in (prefix, blocks_path) if part)
-    paths = tuple(f"{root}.{index}" for index in range(len(blocks)))  # type: ignore[arg-type]
+    paths = tuple(f"{root}.{index}" for index in range(len(blocks)))
     sites = [
         Site(f"{layer}.{role}", "lora", role, layer, Port(path, "in"), Port(path, "out"), *width)
         for layer, block in enumerate(blocks.children())
         for role, path, width in _linears(block, paths[layer], roles)
     ]
     bound = None if layout is None else BoundLayout(layout, paths)
+    if bound is not None:
+        _check_points(backbone, bound)
     width = sites[0].in_features if bound is None else _stream_width(sites, bound)
     return Survey(model_type, tuple(sites), bound, width, sum(p.numel() for p in backbone.parameters()))
+
+
+def _check_points(backbone: nn.Module, bound: BoundLayout) -> None:
+    """Refuse a layout whose hook points or norms name no module of the first block."""
+    layout, block = bound.layout, bound.blocks[0]
+    texts = (layout.middle, *layout.middle_sum, *layout.middle_add, *layout.out_sum, *layout.out_add)
+    paths = [HookPoint.parse(text, block).module for text in texts if text is not None]
+    paths += [f"{block}.{norm}" for norm in (layout.middle_norm, layout.out_norm) if norm is not None]
+    for path in paths:
+        _submodule(backbone, path)
 
 
 def _submodule(base: nn.Module, path: str) -> nn.Module:
@@ -163,7 +177,10 @@ class Space:
 
     def __getitem__(self, name: str) -> Site:
         """The site of this name."""
-        return next(site for site in self.sites if site.name == name)
+        found = next((site for site in self.sites if site.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,8 @@ class SearchSpace:
             if not 1 <= span <= longest:
                 raise SettingError("search_space.spans", list(self.spans), f"spans from 1 to {longest} exist")
         everything = (*found.lora_sites, *found.shortcut_sites(sorted(set(self.spans))))
+        if self.layers is not None and not self.layers:
+            raise SettingError("search_space.layers", [], "at least one layer, or null for all")
         layers = None if self.layers is None else {self._layer(layer, depth) for layer in self.layers}
         in_layers = [site for site in everything if layers is None or site.layer in layers]
         chosen = self._matching("include", self.include, in_layers, found, depth)
@@ -222,6 +241,10 @@ class SearchSpace:
     ) -> set[str]:
         names: set[str] = set()
         for rule in rules:
+            if unknown := set() if isinstance(rule, str) else set(rule) - set(_KEYS):
+                raise SettingError(
+                    f"search_space.{setting}", rule, f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}"
+                )
             matched = {site.name for site in sites if _matches(rule, site, depth)}
             if not matched:
                 raise SettingError(f"search_space.{setting}", rule, f"matches no site; {_existing(sites, found)}")
@@ -242,14 +265,10 @@ class SearchSpace:
 def _matches(rule: str | Mapping[str, Any], site: Site, depth: int) -> bool:
     if isinstance(rule, str):
         return rule in (site.role, site.kind)
-    if unknown := set(rule) - set(_KEYS):
-        raise SettingError(
-            "search_space.include", dict(rule), f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}"
-        )
     for key, wanted in rule.items():
         values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
         if key == "layer":
-            values = [value % depth if isinstance(value, int) and value < 0 else value for value in values]
+            values = [value + depth if isinstance(value, int) and value < 0 else value for value in values]
         if getattr(site, key) not in values:
             return False
     return True

@@ -49,7 +49,7 @@ class GainRule:
             if isinstance(score, Sequence):
                 values = list(score[:limit])
             else:
-                values = [score / k if self.gain == "harmonic" else score for k in range(1, limit + 1)]
+                values = [score / k if self.gain == "harmonic" and score > 0 else score for k in range(1, limit + 1)]
             gains[site.name] = [value * factors[site.name] for value in values]
         return gains
 
@@ -62,7 +62,9 @@ class GainRule:
             sizes: dict[str, list[float]] = {}
             for site in sites:
                 score = scores[site.name]
-                sizes.setdefault(groups[site.name], []).append(sum(score) if isinstance(score, Sequence) else score)
+                sizes.setdefault(groups[site.name], []).append(
+                    abs(sum(score) if isinstance(score, Sequence) else score)
+                )
             means = {group: sum(values) / len(values) for group, values in sizes.items()}
             if flat := [group for group, mean in means.items() if mean == 0]:
                 raise SettingError("allocator.normalise", "per_group", f"all scores of {flat} are 0; use none")

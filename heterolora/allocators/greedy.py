@@ -1,13 +1,12 @@
 """Unit by unit, to whoever gains most for its price."""
 
-import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Expand, GainRule, Gains, Normalise, parameters_only, tie_order
 from heterolora.budget import SiteCount
-from heterolora.cost import Cost
+from heterolora.cost import AdditiveCost, Cost
 from heterolora.errors import SettingError
 
 
@@ -34,10 +33,10 @@ class Greedy:
     counts_sites = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_rank <= self.max_rank:
-            raise SettingError("min_rank", self.min_rank, f"a whole number from 0 to max_rank={self.max_rank}")
         if self.max_rank < 1:
             raise SettingError("max_rank", self.max_rank, "a whole number of at least 1")
+        if not 0 <= self.min_rank <= self.max_rank:
+            raise SettingError("min_rank", self.min_rank, f"a whole number from 0 to max_rank={self.max_rank}")
 
     @property
     def gain_rule(self) -> GainRule:
@@ -54,21 +53,34 @@ class Greedy:
         if spent > allowed:
             raise SettingError("allocator.min_rank", self.min_rank, f"costs {spent}, the budget is {allowed}")
 
-        def offer(name: str) -> tuple[float, int, str] | None:
-            if ranks[name] >= len(gains[name]):
-                return None
-            price = cost.marginal(ranks, name)
-            return -gains[name][ranks[name]] / max(price, 1), tie_order(self.seed, name), name
+        if isinstance(cost, AdditiveCost):
+            self._grant_in_order(gains, cost, allowed - spent, ranks)
+        else:
+            self._grant_one_by_one(gains, cost, allowed - spent, ranks)
+        return Allocation(ranks, cost(ranks), allowed)
 
-        queue = [entry for name in gains if (entry := offer(name)) is not None]
-        heapq.heapify(queue)
-        while queue:
-            _, _, name = heapq.heappop(queue)
-            price = cost.marginal(ranks, name)
-            if spent + price > allowed:
-                continue  # its further units cost no less
+    def _grant_in_order(self, gains: Gains, cost: AdditiveCost, left: int, ranks: dict[str, int]) -> None:
+        """Prices never change and gains never rise, so one sort of all units gives the order of grants."""
+        units = []
+        for name, values in gains.items():
+            price, tie = cost.units[name], tie_order(self.seed, name)
+            units += [(-values[k] / price, tie, k, name) for k in range(self.min_rank, min(self.max_rank, len(values)))]
+        for _, _, _, name in sorted(units):
+            if cost.units[name] <= left:
+                left -= cost.units[name]
+                ranks[name] += 1
+
+    def _grant_one_by_one(self, gains: Gains, cost: Cost, left: int, ranks: dict[str, int]) -> None:
+        """Where factors are shared, a grant changes the price of others: ask anew at every step."""
+
+        def order(name: str) -> tuple[float, int]:
+            return -gains[name][ranks[name]] / max(cost.marginal(ranks, name), 1), tie_order(self.seed, name)
+
+        while True:
+            growing = [name for name in gains if ranks[name] < min(self.max_rank, len(gains[name]))]
+            fitting = [name for name in growing if cost.marginal(ranks, name) <= left]
+            if not fitting:
+                return
+            name = min(fitting, key=order)
+            left -= cost.marginal(ranks, name)
             ranks[name] += 1
-            spent += price
-            if (entry := offer(name)) is not None:
-                heapq.heappush(queue, entry)
-        return Allocation(ranks, spent, allowed)

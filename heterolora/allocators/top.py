@@ -47,7 +47,7 @@ class Top:
             raise SettingError("allocator.rank", self.rank, f"more than min(in, out) at {small[:3]}")
         if isinstance(budget, SiteCount) and budget.rank != self.rank:
             raise SettingError("allocator.rank", self.rank, f"must equal budget.rank={budget.rank}")
-        order = sorted(gains, key=lambda name: (-sum(gains[name]), tie_order(self.seed, name)))
+        order = sorted(gains, key=lambda name: (-sum(gains[name][: self.rank]), tie_order(self.seed, name)))
         lists = [order]
         if self.mode == "separate":
             lists = [[name for name in order if groups[name] == group] for group in sorted(set(groups.values()))]

@@ -1,0 +1,205 @@
+"""The budget contract: a new budget joins it by one line of ``BUDGETS`` and its file in ``conf/budget``."""
+
+import math
+from fractions import Fraction as Exact
+from functools import cache
+
+import pytest
+import torch
+import transformers
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from heterolora.budget import Fraction, Params, SiteCount, UniformRank
+from heterolora.build import build
+from heterolora.errors import SettingError
+from heterolora.sites import Port, Site
+from heterolora.space import SearchSpace, Space, Survey, survey
+from tests.architectures import ARCHITECTURES, make_backbone
+from tests.conftest import ROOT
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+
+FILES = sorted((ROOT / "conf" / "budget").glob("*.yaml"))
+
+LAYERS = 3
+WIDTHS = {  # in + out of each role's linear layer, by hand from tests/architectures.py
+    "bert": {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80},
+    "opt_pre": {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80},
+    "opt_post": {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80},
+    # 4 heads of width 12, 2 for keys and values
+    "llama": {"q": 32 + 48, "k": 32 + 24, "v": 32 + 24, "o": 48 + 32, "gate": 80, "up": 80, "down": 80},
+}
+BUDGETS = {  # name: (budget, what it resolves to, given the widths of the roles)
+    "uniform": (UniformRank(3, ["q", "v"]), lambda widths: 3 * LAYERS * (widths["q"] + widths["v"])),
+    "uniform everywhere": (UniformRank(2, None), lambda widths: 2 * LAYERS * sum(widths.values())),
+    "uniform, a role twice": (UniformRank(1, ["o", "o"]), lambda widths: LAYERS * widths["o"]),
+    "params": (Params(1234), lambda widths: 1234),
+}
+
+
+@cache
+def surveyed(architecture: str) -> Survey:
+    return survey(make_backbone(architecture))
+
+
+def space(architecture: str, *include) -> Space:
+    return SearchSpace(include or ("lora", "shortcut"), [], None, [1, 2], False).resolve(surveyed(architecture))
+
+
+def counted(lora: int, shortcut: int) -> Space:
+    """A space of so many sites of each kind."""
+    sites = [Site(f"l{n}", "lora", "q", 0, Port("m", "in"), Port("m", "out"), 4, 4) for n in range(lora)]
+    sites += [Site(f"s{n}", "shortcut", "x", 0, Port("m", "in"), Port("m", "out"), 4, 4) for n in range(shortcut)]
+    return Space(tuple(sites), {site.name: site.kind for site in sites}, Survey("none", (), None, 4, 0), False)
+
+
+# -- the contract ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_widths_is_complete():
+    assert WIDTHS.keys() == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize(("budget", "expected"), BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_budget_is_what_the_closed_form_says(architecture, budget, expected):
+    assert budget.resolve(space(architecture)) == expected(WIDTHS[architecture])
+
+
+@pytest.mark.parametrize("budget", [budget for budget, _ in BUDGETS.values()], ids=BUDGETS.keys())
+def test_a_budget_depends_on_the_backbone_and_not_on_the_search_space(architecture, budget):
+    spaces = [space(architecture, *include) for include in (["shortcut"], ["k"], ["lora", "shortcut"])]
+    assert len({budget.resolve(space) for space in spaces}) == 1
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_option_resolves_to_something_on_every_architecture(architecture, path):
+    resolved = build(yaml.safe_load(path.read_text()), "budget").resolve(space(architecture))
+    assert (resolved.total if isinstance(resolved, SiteCount) else resolved) >= 1
+
+
+def test_there_are_options():
+    assert {"qv_r8", "qv_r2", "all_r2", "params", "fraction"} <= {path.stem for path in FILES}
+
+
+# -- uniform rank ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def minilm() -> Space:
+    """The shapes of MiniLM-L6, without memory."""
+    config = transformers.BertConfig(
+        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12, vocab_size=8
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    return SearchSpace(["lora"], [], None, [1, 2], False).resolve(survey(model))
+
+
+@pytest.mark.parametrize(
+    ("option", "formula", "number"),
+    [
+        ("qv_r8", 8 * 6 * 2 * (384 + 384), 73_728),
+        ("qv_r2", 2 * 6 * 2 * (384 + 384), 18_432),
+        ("all_r2", 2 * 6 * (4 * (384 + 384) + 2 * (384 + 1536)), 82_944),
+        ("params", 73_728, 73_728),  # its default is qv_r8 of the default model, as its comment says
+    ],
+)
+def test_budgets_of_the_default_model(option, formula, number):
+    node = yaml.safe_load((ROOT / "conf" / "budget" / f"{option}.yaml").read_text())
+    assert build(node, "budget").resolve(minilm()) == formula == number
+
+
+def test_an_unknown_role_is_refused_with_those_there_are():
+    with pytest.raises(
+        SettingError, match=r"\['qkv'\] not in this backbone, which has \['q', 'k', 'v', 'o', 'up'"
+    ) as e:
+        UniformRank(2, ["q", "qkv"]).resolve(space("bert"))
+    assert e.value.setting == "budget.roles"
+
+
+def test_no_roles_at_all_are_refused_in_words():
+    with pytest.raises(SettingError, match=r"budget\.roles=\[\].*'q'") as caught:
+        UniformRank(2, []).resolve(space("bert"))
+    assert "True" not in str(caught.value)
+
+
+def test_roles_are_a_list():
+    # "qv" is a sequence of two roles to Python, not to a user.
+    with pytest.raises(SettingError, match=r"budget\.roles=qv"):
+        build({"_target_": "heterolora.budget.UniformRank", "rank": 8, "roles": "qv"}, "budget")
+
+
+# -- a share of the sites ----------------------------------------------------------------------------------------------
+
+
+def test_the_papers_rule_on_a_real_space():
+    # 3 layers: 18 LoRA sites, 4 * 3 - 1 = 11 shortcuts; floor(4.5) and round(2.75).
+    count = Fraction(0.25, 8).resolve(space("bert"))
+    assert count == SiteCount({"lora": 4, "shortcut": 3}, 8)
+    assert count.total == 7
+
+
+@pytest.mark.parametrize(
+    ("p", "sites", "expected"),
+    [
+        (0.25, (48, 95), (12, 24)),  # OPT-350M, q and v (REFERENCE.md 1.6)
+        (0.33, (64, 127), (21, 42)),  # Llama, 32 layers
+        (0.25, (7, 10), (1, 2)),  # round(2.5): half to even, down
+        (0.25, (7, 14), (1, 4)),  # round(3.5): half to even, up
+        (0.5, (3, 1), (1, 0)),
+        (1.0, (5, 3), (5, 3)),
+    ],
+)
+def test_lora_sites_are_rounded_down_and_shortcuts_to_the_nearest_even(p, sites, expected):
+    assert Fraction(p, 4).resolve(counted(*sites)) == SiteCount(
+        dict(zip(("lora", "shortcut"), expected, strict=True)), 4
+    )
+
+
+@PROPERTY
+@given(sixteenths=st.integers(1, 16), lora=st.integers(1, 300), shortcut=st.integers(1, 300))
+def test_counts_equal_exact_arithmetic(sixteenths, lora, shortcut):
+    p = Exact(sixteenths, 16)  # a float holds it exactly
+    expected = {"lora": math.floor(p * lora), "shortcut": round(p * shortcut)}
+    if any(expected.values()):
+        assert Fraction(float(p), 1).resolve(counted(lora, shortcut)).counts == expected
+    else:
+        with pytest.raises(SettingError, match="larger share"):
+            Fraction(float(p), 1).resolve(counted(lora, shortcut))
+
+
+def test_a_share_is_the_number_that_the_user_wrote():
+    # As floats, 0.7 * 180 is 125.99999999999999.
+    assert Fraction(0.7, 8).resolve(counted(180, 1)).counts["lora"] == 126
+
+
+def test_a_space_of_one_kind_has_one_count():
+    assert Fraction(0.5, 2).resolve(space("bert", "shortcut")).counts == {"shortcut": 6}  # round(5.5)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(SettingError, match=r"budget\.p=0\.1.*'lora': 4.*larger share"):
+        Fraction(0.1, 8).resolve(counted(4, 4))
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "setting"),
+    [
+        (lambda: UniformRank(0, None), "rank"),
+        (lambda: Params(0), "value"),
+        (lambda: Params(-5), "value"),
+        (lambda: Fraction(0.25, 0), "rank"),
+        (lambda: Fraction(0.0, 8), "p"),
+        (lambda: Fraction(1.01, 8), "p"),
+        (lambda: Fraction(math.nan, 8), "p"),
+    ],
+)
+def test_impossible_arguments_are_refused_by_name(make, setting):
+    with pytest.raises(SettingError) as caught:
+        make()
+    assert caught.value.setting == setting
