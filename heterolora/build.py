@@ -2,8 +2,8 @@
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, get_type_hints
+from collections.abc import Mapping, Sequence
+from typing import Any, get_origin, get_type_hints
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic_core import SchemaError
@@ -68,7 +68,7 @@ def _argument(value: Any, hint: Any, name: str) -> Any:
     try:
         adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
     except (SchemaError, PydanticUserError):  # a protocol or a dataclass: only a built object can be right
-        if value is not given:
+        if _only_nodes(given, hint):
             return value
         raise SettingError(name, value, "needs a _target_, the import path of a class") from None
     try:  # strictly where there is a flag, for True is not meant as 1
@@ -79,11 +79,22 @@ def _argument(value: Any, hint: Any, name: str) -> Any:
 
 
 def _build_nested(value: Any, name: str) -> Any:
-    if isinstance(value, Mapping) and "_target_" in value:
+    if _is_node(value):
         return build(value, name)
     if isinstance(value, list):
         return [_build_nested(item, f"{name}[{index}]") for index, item in enumerate(value)]
     return value
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _only_nodes(value: Any, hint: Any) -> bool:
+    """Whether nothing but objects was given where objects are wanted: one, or a list of them."""
+    if get_origin(hint) in (Sequence, list, tuple):
+        return isinstance(value, list) and all(map(_is_node, value))
+    return _is_node(value)
 
 
 def _holds_flag(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """The one Lightning module of all tasks, and the optimizer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,13 +37,13 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         for name in ("lr", "head_lr"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(name, getattr(self, name), "a number above 0")
-        if self.weight_decay < 0:
+        if not 0 <= self.weight_decay < math.inf:
             raise SettingError("weight_decay", self.weight_decay, "a number of at least 0")
         if not 0 <= self.warmup < 1:
             raise SettingError("warmup", self.warmup, "a share from 0 up to, not including, 1")
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not self.clip > 0:
             raise SettingError("clip", self.clip, "a number above 0, or null")
 
     def factor(self, step: int, total: int) -> float:

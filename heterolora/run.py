@@ -82,6 +82,8 @@ def train(cfg: DictConfig) -> float:
         write_json(folder / "status.json", status)
         resume = find_resume(config, folder)
         summary = run_training(parts, config, folder, resume)
+        if resume is not None:
+            _mark_continued(resume.run, folder)
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
 
@@ -156,10 +158,16 @@ def _can_resume(status_file: Path, wanted: str) -> bool:
         status = json.loads(status_file.read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    if status.get("config_hash") != wanted or status.get("state") == "finished":
+    if status.get("config_hash") != wanted or status.get("state") in ("finished", "continued"):
         return False
     alive = status.get("state") == "running" and status.get("host") == socket.gethostname() and _alive(status["pid"])
     return not alive and newest_checkpoint(status_file.parent) is not None
+
+
+def _mark_continued(run: Path, by: Path) -> None:
+    """The broken-off run is done with: another folder holds its result."""
+    status = json.loads((run / "status.json").read_text())
+    write_json(run / "status.json", status | {"state": "continued", "continued_in": str(by)})
 
 
 def _alive(pid: int) -> bool:

@@ -3,6 +3,7 @@
 It leaves no trace: model, head, gradients, modes and random state are exactly as before.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,12 +49,12 @@ class Probe:
     head_warmup_lr: float
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
+        if not 0 < self.std < math.inf:
             raise SettingError("std", self.std, "a number above 0")
         for name, least in (("rank", 1), ("batches", 1), ("head_warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise SettingError(name, getattr(self, name), f"a whole number of at least {least}")
-        if self.head_warmup_lr <= 0:
+        if not 0 < self.head_warmup_lr < math.inf:
             raise SettingError("head_warmup_lr", self.head_warmup_lr, "a number above 0")
 
 

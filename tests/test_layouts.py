@@ -12,8 +12,14 @@ from heterolora.layouts import LAYOUTS, BoundLayout, HookPoint, Layout, check_la
 from heterolora.sites import Tap
 from tests.architectures import ARCHITECTURES, make_backbone
 
+
+def short(value) -> str:
+    """A test's id: the model type, what selects the entry, the key."""
+    return value if isinstance(value, str) else str(dict(value.when))
+
+
 ENTRIES = [(model_type, entry) for model_type, entries in LAYOUTS.items() for entry in entries]
-EACH = pytest.mark.parametrize(("model_type", "entry"), ENTRIES, ids=lambda v: v if isinstance(v, str) else str(v.when))
+EACH = pytest.mark.parametrize(("model_type", "entry"), ENTRIES, ids=short)
 
 POINTS = ("middle", "middle_sum", "middle_add", "out_sum", "out_add")
 SHORTCUT_ROLES = {"residual_attn", "residual_ffn", "shortcut_attn", "shortcut_ffn"}
@@ -129,7 +135,7 @@ def test_an_unlisted_model_type_has_no_entry():
 SELECTED = [(model_type, entry, key) for model_type, entry in ENTRIES for key in entry.when]
 
 
-@pytest.mark.parametrize(("model_type", "entry", "key"), SELECTED, ids=str)
+@pytest.mark.parametrize(("model_type", "entry", "key"), SELECTED, ids=short)
 def test_a_listed_type_with_an_unknown_variant_is_refused_with_those_known(model_type, entry, key):
     with pytest.raises(SettingError, match=r"known for .* only; give model\.layout") as caught:
         find_layout(config_of(model_type, entry, **{key: "never seen"}))
@@ -140,7 +146,7 @@ def test_a_listed_type_with_an_unknown_variant_is_refused_with_those_known(model
 REQUIRED = [(model_type, entry, key) for model_type, entry in ENTRIES for key in entry.requires]
 
 
-@pytest.mark.parametrize(("model_type", "entry", "key"), REQUIRED, ids=str)
+@pytest.mark.parametrize(("model_type", "entry", "key"), REQUIRED, ids=short)
 def test_a_config_under_which_the_hooks_are_wrong_is_refused(model_type, entry, key):
     config = config_of(model_type, entry, **{key: "something else"})
     for refuse in (find_layout, lambda config: check_layout(entry, config)):
@@ -150,7 +156,7 @@ def test_a_config_under_which_the_hooks_are_wrong_is_refused(model_type, entry, 
             refuse(config)
 
 
-@pytest.mark.parametrize(("model_type", "entry", "key"), REQUIRED, ids=str)
+@pytest.mark.parametrize(("model_type", "entry", "key"), REQUIRED, ids=short)
 def test_a_config_that_does_not_know_a_required_key_is_fine(model_type, entry, key):
     config = config_of(model_type, entry)
     delattr(config, key)

@@ -115,6 +115,8 @@ def test_a_run_broken_off_between_epochs_resumes_to_the_same_bits(tmp_path, how)
     resume = "resume=true" if how == "true" else f"resume={tmp_path}/first"
     summary = run_job(tmp_path / "second", *settings, resume)
     assert summary["resumed_from"] == str(tmp_path / "first")
+    status = json.loads((tmp_path / "first" / "status.json").read_text())
+    assert (status["state"], status["continued_in"]) == ("continued", str(tmp_path / "second"))
     assert same_bits(tmp_path / "whole", tmp_path / "second")
     curves = [
         pd.read_csv(tmp_path / run / "metrics.csv")["validation/accuracy"].dropna() for run in ("whole", "second")

@@ -355,7 +355,7 @@ class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(500), nn.LayerNorm(500)])  # more parameters, but no linear layer
-        self.small = nn.ModuleList([nn.Linear(2, 2)])
+        self.small = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
         self.blocks = nn.ModuleList([Block(4), Block(4)])
 
 

@@ -23,11 +23,11 @@ class GainRule:
     """How a proxy's scores become gains.
 
     Attributes:
-        gain: what the k-th unit of rank is worth where the proxy gives one number s for the site: ``harmonic`` s/k,
-            or ``flat`` s.
+        gain: what the k-th unit of rank is worth where the proxy gives one number s for the site: ``harmonic`` s/k
+            (s itself where it is negative: gains never rise), or ``flat`` s.
         max_rank: no site gets more.
         normalise: ``none``; ``per_parameter``: divided by what a unit of rank costs; ``per_group``: divided by the mean
-            of the site's group.
+            size of the scores of the site's group.
     """
 
     gain: Expand

@@ -28,7 +28,7 @@ class Fixed:
             raise SettingError(
                 "path", None, "allocator=fixed needs the file to read, e.g. allocator.path=RUN/allocation.json"
             )
-        if not Path(self.path).is_file():
+        if not Path(self.path).expanduser().is_file():
             raise SettingError("path", self.path, "no such file")
 
     @property
@@ -41,7 +41,7 @@ class Fixed:
         allowed = parameters_only(budget, "fixed")
         assert self.path is not None
         try:
-            read = read_ranks(Path(self.path))
+            read = read_ranks(Path(self.path).expanduser())
         except ValueError as error:
             raise SettingError("allocator.path", self.path, str(error)) from error
         if unknown := sorted(name for name, rank in read.items() if rank and name not in groups):
