@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -68,6 +69,9 @@ class Pretrained:
     layout: Mapping[str, Any] | None
     gradient_checkpointing: bool
 
+    def __post_init__(self) -> None:
+        _check_dropout(self.dropout)
+
     def load(self, num_labels: int, seed: int) -> Backbone:
         """Load weights and tokenizer; the new head is drawn from ``(seed, parameter name)``.
 
@@ -83,24 +87,38 @@ class Pretrained:
                 config = AutoConfig.from_pretrained(location, num_labels=num_labels, **options)
                 _set_dropout(config, self.dropout)
                 model, info = AutoModelForSequenceClassification.from_pretrained(
-                    location, config=config, dtype=getattr(torch, self.dtype), output_loading_info=True, **options
+                    location,
+                    config=config,
+                    dtype=getattr(torch, self.dtype),
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # a head for other classes is made anew, see below
+                    **options,
                 )
                 tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, SafetensorError) as error:
                 hub = "" if hub_reachable() else "; the hub cannot be reached from here"
-                reason = str(error).splitlines()[0]
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise SettingError(
                     "model.path",
                     self.path,
                     f"cannot be loaded ({reason}){hub}; give a hub id, a folder or package:NAME/FOLDER",
                 ) from error
-        return _finish(self, model, tokenizer, frozenset(info["missing_keys"]), seed)
+        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+            raise SettingError("model.path", self.path, "holds no tokenizer")
+        other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+        inside = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_parameters()}
+        if wrong := sorted(other & inside):
+            raise SettingError("model.path", self.path, f"weights do not fit the config: {wrong[:3]}")
+        return _finish(self, model, tokenizer, frozenset(info["missing_keys"]) | other, seed)
 
     def _location(self) -> str:
         if not self.path.startswith(_PACKAGE):
             return os.path.expanduser(self.path)
         package, _, inner = self.path.removeprefix(_PACKAGE).partition("/")
-        spec = importlib.util.find_spec(package)
+        try:
+            spec = importlib.util.find_spec(package)
+        except ModuleNotFoundError:
+            spec = None
         if spec is None or not spec.submodule_search_locations:
             raise SettingError("model.path", self.path, f"the package {package} is not installed")
         folder = Path(spec.submodule_search_locations[0]) / inner
@@ -129,18 +147,22 @@ class Tiny:
     layout: Mapping[str, Any] | None
     gradient_checkpointing: bool
 
+    def __post_init__(self) -> None:
+        _check_dropout(self.dropout)
+        if own := sorted(
+            {"num_labels", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"} & set(self.config)
+        ):
+            raise SettingError("config", own, "these follow from the task and the tokenizer")
+
     def load(self, num_labels: int, seed: int) -> Backbone:
         """Make the model; its weights are always the same, only the head is drawn from ``seed``."""
         tokenizer = byte_tokenizer()
-        config = AutoConfig.for_model(
-            self.model_type,
-            **self.config,
-            num_labels=num_labels,
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.cls_token_id,
-            eos_token_id=tokenizer.sep_token_id,
-        )
+        ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.cls_token_id}
+        ids |= {"eos_token_id": tokenizer.sep_token_id, "vocab_size": len(tokenizer)}
+        try:
+            config = AutoConfig.for_model(self.model_type, **self.config, num_labels=num_labels, **ids)
+        except ValueError as error:
+            raise SettingError("model.model_type", self.model_type, str(error).splitlines()[0][:120]) from error
         _set_dropout(config, self.dropout)
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(0)
@@ -176,15 +198,18 @@ def fingerprint(model: nn.Module, without: list[str]) -> str:
     for name, parameter in sorted(model.named_parameters()):
         if name not in without:
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _check_dropout(dropout: float | None) -> None:
+    if dropout is not None and not 0 <= dropout < 1:
+        raise SettingError("model.dropout", dropout, "a probability from 0 up to, not including, 1, or null")
 
 
 def _set_dropout(config: Any, dropout: float | None) -> None:
     if dropout is None:
         return
-    if not 0 <= dropout < 1:
-        raise SettingError("model.dropout", dropout, "a probability from 0 up to, not including, 1, or null")
     for key, value in config.to_dict().items():
         if ("dropout" in key or "pdrop" in key) and isinstance(value, int | float) and not isinstance(value, bool):
             setattr(config, key, dropout)

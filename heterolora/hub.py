@@ -16,7 +16,9 @@ def hub_reachable() -> bool:
         return True
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     try:
-        with socket.create_connection((host.hostname or "", host.port or 443), timeout=5):
+        with socket.create_connection(
+            (host.hostname or "", host.port or (80 if host.scheme == "http" else 443)), timeout=5
+        ):
             return True
     except OSError:
         return False

@@ -8,6 +8,7 @@ from torch.utils.data import Sampler
 from heterolora.seeds import derive
 
 _POOL = 32  # batches that are sorted together: enough to save padding, few enough to keep batches random
+_POOLS = 7  # at least so many pools in an epoch, or the batches of a small set would be the same in every epoch
 
 
 class SimilarLength(Sampler[int]):
@@ -37,7 +38,7 @@ class SimilarLength(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(derive(self.seed, "order", self.epoch))
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        pool = self.batch_size * _POOL
+        pool = self.batch_size * min(_POOL, max(1, len(order) // self.batch_size // _POOLS))
         batches = []
         for start in range(0, len(order), pool):
             chunk = sorted(order[start : start + pool], key=lambda index: self.lengths[index])

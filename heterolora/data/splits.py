@@ -41,18 +41,19 @@ def make_splits(data: Labelled, validation_share: float, seed: int, limit: int |
     tables = dict(data.splits)
     if "train" not in tables:
         raise SettingError("task.source", data.origin, f"has no labelled training set, only {sorted(tables)}")
-    note = "official splits"
+    note, held_out = "official splits", round(validation_share * len(tables["train"]))
+    share = f"a stratified {validation_share:.0%} of the training set (split seed {seed})"
     if "test" not in tables:
-        share = f"a stratified {validation_share:.0%} of the training set (split seed {seed})"
         if "validation" in tables:
             tables["test"] = tables.pop("validation")
             note = f"test labels are hidden: test = official validation set, validation = {share}"
         else:
-            tables["train"], tables["test"] = _split(tables["train"], validation_share, seed, "test")
+            tables["train"], tables["test"] = _split(tables["train"], held_out, seed, "test")
             note = f"one official set: validation and test = {share} each"
-            validation_share /= 1 - validation_share  # of what is left, the same number of sentences
+    elif "validation" not in tables:
+        note = f"official test set; validation = {share}"
     if "validation" not in tables:
-        tables["train"], tables["validation"] = _split(tables["train"], validation_share, seed, "validation")
+        tables["train"], tables["validation"] = _split(tables["train"], held_out, seed, "validation")
     if limit is not None:
         if limit < 1:
             raise SettingError("data.limit", limit, "a whole number of at least 1, or null")
@@ -63,9 +64,9 @@ def make_splits(data: Labelled, validation_share: float, seed: int, limit: int |
     return Splits({name: tables[name].reset_index(drop=True) for name in ("train", "validation", "test")}, note)
 
 
-def _split(table: pd.DataFrame, share: float, seed: int, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(rest, chosen): round(share * n) rows, classes in proportion (largest remainders first), both in file order."""
-    chosen = _stratified(table["label"].to_numpy(), round(share * len(table)), seed, name)
+def _split(table: pd.DataFrame, count: int, seed: int, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rest, chosen): ``count`` rows, the classes in proportion (largest remainders first), both in file order."""
+    chosen = _stratified(table["label"].to_numpy(), count, seed, name)
     mask = np.zeros(len(table), dtype=bool)
     mask[chosen] = True
     return table[~mask], table[mask]

@@ -14,6 +14,8 @@ import datasets
 import pandas as pd
 import tokenizers
 
+from heterolora.errors import SettingError
+
 _log = logging.getLogger(__name__)
 
 Example = dict[str, Any]
@@ -32,53 +34,94 @@ def tokenise(
         max_length: longer inputs are cut, the longer sentence of a pair first.
         cache: folder for the tokens; None: keep none.
     """
-    separator = pair_separator(tokenizer) if len(text) == 2 else None
-    found: datasets.DatasetDict | None = None
+    separator = pair_separator(tokenizer) if len(text) == 2 else []
     folder = None if cache is None else cache / _key(tables, tokenizer, text, max_length, separator)
-    if folder is not None and folder.is_dir():
-        found = datasets.load_from_disk(folder)
+    examples = None if folder is None else _cached(folder, tables)
+    if examples is not None:
         _log.info("tokens from %s", folder)
-    if found is None:
-        found = datasets.DatasetDict(
-            {
-                split: datasets.Dataset.from_dict(_encode(table, tokenizer, text, max_length, separator))
-                for split, table in tables.items()
-            }
-        )
-        if folder is not None:
-            _save(found, folder)
-    return {split: [{**row, "index": index} for index, row in enumerate(data)] for split, data in found.items()}
+        return examples
+    made = {split: _encode(table, tokenizer, text, max_length, separator) for split, table in tables.items()}
+    data = datasets.DatasetDict({split: datasets.Dataset.from_dict(columns) for split, columns in made.items()})
+    if folder is not None:
+        _save(data, folder)
+    return _examples(data)
 
 
-def pair_separator(tokenizer: Any) -> str | None:
-    """Text to put between two sentences, where the tokenizer itself puts nothing; None: it does.
+def _examples(data: datasets.DatasetDict) -> dict[str, list[Example]]:
+    return {split: [{**row, "index": index} for index, row in enumerate(rows)] for split, rows in data.items()}
 
-    Byte-level tokenizers of decoders often join a pair without a mark, which costs points on pair tasks.
-    """
-    ids = tokenizer("a", "b")["input_ids"]
-    special = [index for index, token in enumerate(ids) if token in tokenizer.all_special_ids]
-    inner = [index for index in special if 0 < index < len(ids) - 1]
-    if inner:
+
+def _cached(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Example]] | None:
+    """What the folder holds, if it is whole; a damaged one is removed, with a warning."""
+    if not folder.exists():
         return None
-    return tokenizer.sep_token or tokenizer.eos_token or "\n"
+    try:
+        examples = _examples(datasets.load_from_disk(folder))
+        if {split: [row["labels"] for row in rows] for split, rows in examples.items()} == {
+            split: table["label"].tolist() for split, table in tables.items()
+        }:
+            return examples
+        reason = "other examples than its name says"
+    except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of the first two
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    _log.warning("cached tokens in %s are damaged (%s); making them anew", folder, reason)
+    shutil.rmtree(folder)
+    return None
+
+
+def pair_separator(tokenizer: Any) -> list[int]:
+    """Ids to put between two sentences, where the tokenizer itself puts nothing; empty: it does.
+
+    Tokenizers of decoders often join a pair without a mark, which costs points on pair tasks.
+    """
+    encoded = tokenizer("a", "b")
+    if tokenizer.is_fast:
+        origins = encoded.sequence_ids(0)
+        end = len(origins) - origins[::-1].index(0)
+        between = origins.index(1) - end
+    else:
+        between = (
+            len(encoded["input_ids"])
+            - len(tokenizer("a")["input_ids"])
+            - len(tokenizer("b", add_special_tokens=False)["input_ids"])
+        )
+    if between > 0:
+        return []
+    for token in (tokenizer.sep_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return [token]
+    return list(tokenizer("\n", add_special_tokens=False)["input_ids"])
 
 
 def _encode(
-    table: pd.DataFrame, tokenizer: Any, text: Sequence[str], max_length: int, separator: str | None
+    table: pd.DataFrame, tokenizer: Any, text: Sequence[str], max_length: int, separator: Sequence[int]
 ) -> dict[str, list[Any]]:
     columns = [table[column].tolist() for column in text]
-    if separator is not None:
-        columns = [[f"{first}{separator}{second}" for first, second in zip(*columns, strict=True)]]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length)
-    return {**encoded, "labels": table["label"].tolist()}
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length - len(separator))
+    rows = dict(encoded)
+    if separator:
+        if not tokenizer.is_fast:
+            raise SettingError("task.text", list(text), "this tokenizer marks no pairs and is not a fast one")
+        for index in range(len(table)):
+            _insert(rows, index, encoded.sequence_ids(index).index(1), separator)
+    return {**rows, "labels": table["label"].tolist()}
+
+
+def _insert(rows: Mapping[str, list[Any]], index: int, place: int, separator: Sequence[int]) -> None:
+    """Put the separator before the second sentence of one row; masks cover it, types are the first sentence's."""
+    for key, values in rows.items():
+        filler = separator if key == "input_ids" else [1 if key == "attention_mask" else 0] * len(separator)
+        values[index] = [*values[index][:place], *filler, *values[index][place:]]
 
 
 def _key(
-    tables: Mapping[str, pd.DataFrame], tokenizer: Any, text: Sequence[str], max_length: int, separator: str | None
+    tables: Mapping[str, pd.DataFrame], tokenizer: Any, text: Sequence[str], max_length: int, separator: Sequence[int]
 ) -> str:
     digest = hashlib.sha256()
-    state = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    settings = [state, type(tokenizer).__name__, list(text), max_length, separator, tokenizers.__version__]
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
+    state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}  # left by other uses
+    sides = [tokenizer.truncation_side, list(tokenizer.model_input_names)]
+    settings = [state, type(tokenizer).__name__, sides, list(text), max_length, list(separator), tokenizers.__version__]
     digest.update(json.dumps(settings).encode())
     for split, table in sorted(tables.items()):
         digest.update(split.encode())
@@ -90,16 +133,16 @@ def _save(data: datasets.DatasetDict, folder: Path) -> None:
     """Written beside its place, then moved there whole; a process that was faster wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
     try:
-        bars = datasets.are_progress_bars_disabled()
-        datasets.disable_progress_bars()
         data.save_to_disk(scratch / "tokens")
-        if not bars:
-            datasets.enable_progress_bars()
         try:
             os.rename(scratch / "tokens", folder)
         except OSError:
             if not folder.is_dir():
                 raise
     finally:
+        if shown:
+            datasets.enable_progress_bars()
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Peak memory of a run, not of the process's whole life."""
 
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -27,5 +28,6 @@ def peak_mib() -> float:
     else:
         import resource
 
-        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return host + (torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """Metrics, parameters, times and peak memory of one run."""
-    table = Table(title=summary["title"], title_justify="left", show_header=False, min_width=60)
+    table = Table(title=escape(summary["title"]), title_justify="left", show_header=False, min_width=60)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for split in ("validation", "test"):
@@ -32,8 +33,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("training", _duration(summary["seconds"]["training"]))
     table.add_row("peak memory", f"{summary['peak_memory_mib']:,.0f} MiB")
     table.add_section()
-    table.add_row("splits", summary["data"]["note"])
-    table.add_row("folder", summary["folder"])
+    table.add_row("splits", escape(summary["data"]["note"]))
+    table.add_row("folder", escape(summary["folder"]))
     return table
 
 

@@ -38,10 +38,10 @@ class Classification:
     max_length: int
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.text) <= 2:
-            raise SettingError("text", list(self.text), "one text column, or two for a pair")
-        if len(self.labels) < 2:
-            raise SettingError("labels", list(self.labels), "at least two classes")
+        if not 1 <= len(set(self.text)) == len(self.text) <= 2:
+            raise SettingError("text", list(self.text), "one text column, or two different ones for a pair")
+        if not 2 <= len(set(self.labels)) == len(self.labels):
+            raise SettingError("labels", list(self.labels), "at least two classes, each named once")
         if unknown := [metric for metric in self.metrics if metric not in _METRICS]:
             raise SettingError("metrics", unknown, f"possible: {list(_METRICS)}")
         if not self.metrics:

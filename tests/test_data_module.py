@@ -1,0 +1,317 @@
+"""Batches: their padding, their order, and that nothing drawn before changes them."""
+
+from itertools import chain, islice
+from types import SimpleNamespace
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+
+from heterolora.backbone import Tiny, byte_tokenizer
+from heterolora.data.module import Data, TextData
+from heterolora.data.sampler import SimilarLength
+from heterolora.data.sources import Glue, MovieReviews
+from heterolora.data.splits import Splits
+from heterolora.errors import SettingError
+from heterolora.lit import LitAdapted, Optimizer
+from heterolora.run import HINTS
+from heterolora.tasks.classification import Classification
+from tests.conftest import adapt
+
+hushed = pytest.mark.filterwarnings(*(f"ignore:{hint}" for hint in HINTS))  # what a run silences, too
+
+SIZES = {"train": 100, "validation": 30, "test": 50}
+
+
+def words(row):
+    """Texts of 1 to 60 letters, in no order of length."""
+    return "x" * (1 + (row * 37) % 60)
+
+
+def made_up_splits(sizes=SIZES):
+    tables = {
+        name: pd.DataFrame({"text": [words(row) for row in range(size)], "label": [row % 3 % 2 for row in range(size)]})
+        for name, size in sizes.items()
+    }
+    return Splits(tables, "made up")
+
+
+def settings(**changes):
+    values = {"root": None, "batch_size": 8, "eval_batch_size": 7, "validation_share": 0.1, "split_seed": 0}
+    return Data(**(values | {"limit": None, "cache_dir": None} | changes))
+
+
+def make_task(**changes):
+    values = {"name": "made_up", "source": None, "text": ["text"], "labels": ["no", "yes"], "metrics": ["accuracy"]}
+    return Classification(**(values | {"mode": "max", "max_length": 64} | changes))
+
+
+def make_data(seed=0, splits=None, **changes):
+    return TextData(splits or made_up_splits(), make_task(), byte_tokenizer(), settings(**changes), seed)
+
+
+def rows(batches):
+    return [batch["index"].tolist() for batch in batches]
+
+
+def flat(lists):
+    return list(chain.from_iterable(lists))
+
+
+def lengths(data, split, indices):
+    return [len(data.examples[split][index]["input_ids"]) for index in indices]
+
+
+def equal_batches(first, second):
+    return len(first) == len(second) and all(
+        a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size"])
+@pytest.mark.parametrize("value", [0, -4])
+def test_batches_of_less_than_one_example_are_refused(name, value):
+    with pytest.raises(SettingError) as caught:
+        settings(**{name: value})
+    assert (caught.value.setting, caught.value.given) == (name, value)
+
+
+def test_a_root_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(SettingError, match="no such folder"):
+        settings(root=str(tmp_path / "nowhere"))
+
+
+def test_splits_are_read_below_the_root(tmp_path, monkeypatch):
+    folder = tmp_path / "sets" / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    for name, count in (("train.tsv", 40), ("dev.tsv", 10)):
+        lines = [f"{row}\tfirst {row}\tsecond\t{row % 2}\n" for row in range(count)]
+        (folder / name).write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(lines))
+    task = make_task(source=Glue("rte"), text=["sentence1", "sentence2"], labels=["entailment", "not_entailment"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    splits, origin = settings(root="~/sets", limit=20).splits(task)
+    assert {name: len(table) for name, table in splits.tables.items()} == {"train": 20, "validation": 4, "test": 10}
+    assert origin == str(folder)
+
+
+def test_the_runs_seed_does_not_change_the_sentences():
+    task = make_task(source=MovieReviews("rotten_tomatoes"), max_length=16)
+    chosen = settings(limit=50)
+    first, second = (TextData(chosen.splits(task)[0], task, byte_tokenizer(), chosen, seed) for seed in (0, 1))
+    assert first.examples == second.examples
+
+
+def test_a_tokenizer_with_a_lower_limit_is_an_error():
+    tokenizer = byte_tokenizer()
+    tokenizer.model_max_length = 32
+    with pytest.raises(SettingError, match="this tokenizer's limit is 32") as caught:
+        TextData(made_up_splits(), make_task(max_length=33), tokenizer, settings(), 0)
+    assert caught.value.setting == "task.max_length"
+    TextData(made_up_splits(), make_task(max_length=32), tokenizer, settings(), 0)
+
+
+def test_the_cache_folder_may_start_with_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    make_data(cache_dir="~/tokens")
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_padded_to_their_own_longest():
+    data = make_data()
+    widths = []
+    for batch in data.train_dataloader():
+        own = lengths(data, "train", batch["index"].tolist())
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (len(own), max(own))
+        assert batch["attention_mask"].sum(1).tolist() == own
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == byte_tokenizer().pad_token_id).all()
+        widths.append(max(own))
+    assert len(set(widths)) > 3  # not all to the longest of the split
+
+
+def test_an_epoch_holds_every_row_with_its_own_label():
+    data = make_data()
+    batches = list(data.train_dataloader())
+    assert sorted(flat(rows(batches))) == list(range(100))
+    assert [len(batch["labels"]) for batch in batches] == [8] * 12 + [4]
+    labels = made_up_splits().tables["train"]["label"]
+    for batch in batches:
+        assert batch["labels"].tolist() == [labels[index] for index in batch["index"].tolist()]
+
+
+def test_the_training_order_depends_on_the_seed():
+    assert rows(make_data(0).train_dataloader()) == rows(make_data(0).train_dataloader())
+    assert rows(make_data(0).train_dataloader()) != rows(make_data(1).train_dataloader())
+
+
+class Recorder(L.LightningModule):
+    """Writes down the rows that Lightning gives it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.automatic_optimization = False
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch["index"].tolist()))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def quiet_trainer(**options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(accelerator="cpu", devices=1, enable_model_summary=False, **quiet, **options)
+
+
+@hushed
+def test_lightning_sets_the_samplers_epoch():
+    data, recorder = make_data(), Recorder()
+    quiet_trainer(max_epochs=2, limit_val_batches=0).fit(recorder, train_dataloaders=data.train_dataloader())
+    sampler = data.train_dataloader().sampler
+    assert isinstance(sampler, SimilarLength)
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        assert flat(batch for seen, batch in recorder.seen if seen == epoch) == list(sampler)
+
+
+# -- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def test_scoring_batches_come_with_the_rows_they_hold():
+    data = make_data()
+    batches, held = data.scoring_batches(5)
+    assert held == rows(batches)
+    assert [len(row) for row in held] == [8] * 5
+    assert len(set(flat(held))) == 40
+    for batch, row in zip(batches, held, strict=True):
+        assert batch["input_ids"].shape[1] == max(lengths(data, "train", row))
+
+
+def test_scoring_has_an_order_of_its_own():
+    data = make_data()
+    orders = [rows(data.train_dataloader()), data.scoring_batches(13)[1], rows(islice(data.warmup_batches(), 13))]
+    assert all(sorted(flat(order)) == list(range(100)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_scoring_batches_do_not_depend_on_what_was_drawn_before():
+    data = make_data()
+    first = data.scoring_batches(6)
+    torch.manual_seed(1234)
+    list(data.train_dataloader())
+    list(islice(data.warmup_batches(), 20))
+    data.train_dataloader().sampler.set_epoch(7)
+    second = data.scoring_batches(6)
+    assert first[1] == second[1] == make_data().scoring_batches(6)[1]
+    assert equal_batches(first[0], second[0])
+
+
+def test_fewer_scoring_batches_are_the_first_of_more():
+    data = make_data()
+    assert data.scoring_batches(3)[1] == data.scoring_batches(9)[1][:3]
+
+
+def test_scoring_draws_nothing_from_the_global_generator():
+    data = make_data()
+    before = torch.get_rng_state()
+    data.scoring_batches(5)
+    list(islice(data.warmup_batches(), 20))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_scoring_batches_depend_on_the_seed():
+    assert make_data(0).scoring_batches(5)[1] != make_data(1).scoring_batches(5)[1]
+
+
+def test_more_scoring_batches_than_there_are_is_an_error():
+    data = make_data()
+    assert len(data.scoring_batches(13)[0]) == 13
+    with pytest.raises(SettingError, match="the training split has 13 batches of 8") as caught:
+        data.scoring_batches(14)
+    assert (caught.value.setting, caught.value.given) == ("probe.batches", 14)
+
+
+def test_warmup_goes_on_for_ever_in_new_orders():
+    batches = rows(islice(make_data().warmup_batches(), 26))
+    epochs = [flat(batches[:13]), flat(batches[13:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(100))] * 2
+    assert epochs[0] != epochs[1]
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_evaluation_goes_by_length_and_the_index_restores_the_file(split):
+    data = make_data()
+    batches = list(data.val_dataloader() if split == "validation" else data.test_dataloader())
+    order = flat(rows(batches))
+    assert [len(batch["labels"]) for batch in batches[:-1]] == [7] * (len(batches) - 1)
+    assert lengths(data, split, order) == sorted(lengths(data, split, range(SIZES[split])))
+    assert order != list(range(SIZES[split]))
+    labels = torch.cat([batch["labels"] for batch in batches])
+    restored = labels[torch.tensor(order).argsort()]
+    assert restored.tolist() == made_up_splits().tables[split]["label"].tolist()
+
+
+def test_evaluation_pads_less_than_file_order():
+    data = make_data()
+    used = sum(batch["input_ids"].numel() for batch in data.test_dataloader())
+    order = range(SIZES["test"])
+    in_file_order = [lengths(data, "test", order[at : at + 7]) for at in range(0, len(order), 7)]
+    assert used < 0.75 * sum(max(batch) * len(batch) for batch in in_file_order)
+
+
+def make_lit():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    backbone = Tiny("bert", sizes, "float32", None, None, False).load(2, 0).model
+    return LitAdapted(adapt(backbone.eval()), make_task(), Optimizer(1e-3, 1e-3, 0.0, 0.0, "linear", None), 0)
+
+
+def alone(model, example):
+    """Logits of one example without any padding."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([example["input_ids"]])).logits[0]
+
+
+@hushed
+def test_predictions_are_in_file_order():
+    data, lit = make_data(), make_lit()
+    quiet_trainer().test(lit, data.test_dataloader(), verbose=False)
+    found = lit.predictions("test")
+    assert found["index"].tolist() == list(range(50))
+    assert found["labels"].tolist() == made_up_splits().tables["test"]["label"].tolist()
+    wanted = torch.stack([alone(lit.model.eval(), example) for example in data.examples["test"]])
+    assert torch.unique(wanted, dim=0).shape[0] == 50  # so that no row could stand for another
+    torch.testing.assert_close(found["logits"], wanted)
+    assert torch.equal(found["prediction"], found["logits"].argmax(1))
+
+
+@hushed
+def test_a_second_evaluation_replaces_the_first():
+    data, lit, trainer = make_data(), make_lit(), quiet_trainer()
+    for _ in range(2):
+        (metrics,) = trainer.test(lit, data.test_dataloader(), verbose=False)
+    found = lit.predictions("test")
+    assert len(found["labels"]) == 50
+    accuracy = (found["prediction"] == found["labels"]).float().mean().item()
+    assert metrics["test/accuracy"] == pytest.approx(accuracy)
+    loss = torch.nn.functional.cross_entropy(found["logits"], found["labels"]).item()
+    assert metrics["test/loss"] == pytest.approx(loss, rel=1e-5)  # the short last batch counts by its size
+
+
+def test_the_order_of_predictions_is_no_accident():
+    # batches that arrive backwards end in file order all the same
+    kept = {"index": torch.tensor([3, 1]), "labels": torch.tensor([30, 10])}
+    more = {"index": torch.tensor([2, 0]), "labels": torch.tensor([20, 0])}
+    merged = LitAdapted.predictions(SimpleNamespace(outputs={"test": [kept, more]}), "test")
+    assert merged["labels"].tolist() == [0, 10, 20, 30]

@@ -1,0 +1,229 @@
+"""Splits: official ones, those that have to be made, and limits."""
+
+import inspect
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from heterolora.data.module import Data
+from heterolora.data.sources import Glue, Labelled, MovieReviews
+from heterolora.data.splits import make_splits
+from heterolora.errors import SettingError
+
+PAIR = ["sentence1", "sentence2"]
+
+
+def table_of(labels, start=0):
+    """A table whose texts are all different."""
+    return pd.DataFrame({"text": [f"text {start + row}" for row in range(len(labels))], "label": list(labels)})
+
+
+def one_set(labels):
+    return Labelled({"train": table_of(labels)}, "made up")
+
+
+def three_sets(sizes=(20, 8, 12)):
+    starts = dict(zip(("train", "validation", "test"), (0, 1000, 2000), strict=True))
+    tables = {
+        name: table_of([0, 1] * (size // 2), start)
+        for (name, start), size in zip(starts.items(), sizes, strict=True)
+    }  # fmt: skip
+    return Labelled(tables, "made up")
+
+
+def texts(splits):
+    return {name: table["text"].tolist() for name, table in splits.tables.items()}
+
+
+def sizes(splits):
+    return {name: len(table) for name, table in splits.tables.items()}
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    return MovieReviews("rotten_tomatoes").read(None, ["text"], ["negative", "positive"])
+
+
+# -- real data --------------------------------------------------------------------------------------------------------
+
+
+def test_mrpc_keeps_its_official_splits(data_root):
+    data = Glue("mrpc").read(data_root, PAIR, ["not_equivalent", "equivalent"])
+    splits = make_splits(data, 0.1, 0, None)
+    assert sizes(splits) == {"train": 3668, "validation": 408, "test": 1725}
+    assert splits.note == "official splits"
+    for name, table in data.splits.items():
+        pd.testing.assert_frame_equal(splits.tables[name], table)
+
+
+def test_rte_tests_on_the_official_validation_set(data_root):
+    data = Glue("rte").read(data_root, PAIR, ["entailment", "not_entailment"])
+    splits = make_splits(data, 0.1, 0, None)
+    assert sizes(splits) == {"train": 2241, "validation": 249, "test": 277}
+    pd.testing.assert_frame_equal(splits.tables["test"], data.splits["validation"])
+    assert "test labels are hidden: test = official validation set" in splits.note
+    assert "validation = a stratified 10% of the training set (split seed 0)" in splits.note
+
+
+def test_rte_validation_is_cut_out_of_its_training_set(data_root):
+    data = Glue("rte").read(data_root, PAIR, ["entailment", "not_entailment"])
+    splits = make_splits(data, 0.1, 0, None)
+    parts = pd.concat([splits.tables["train"], splits.tables["validation"]])
+    assert Counter(parts.itertuples(index=False, name=None)) == Counter(
+        data.splits["train"].itertuples(index=False, name=None)
+    )
+    assert splits.tables["validation"]["label"].mean() == pytest.approx(
+        data.splits["train"]["label"].mean(), abs=1 / 249
+    )
+
+
+def test_rotten_tomatoes_is_split_in_three(reviews):
+    splits = make_splits(reviews, 0.1, 0, None)
+    found = [text for table in splits.tables.values() for text in table["text"]]
+    assert sizes(splits) == {"train": 6824, "validation": 853, "test": 853}
+    assert sorted(found) == sorted(reviews.splits["train"]["text"])  # disjoint: no text is twice
+    assert len(set(found)) == 8530
+    assert (
+        splits.note
+        == "one official set: validation and test = a stratified 10% of the training set (split seed 0) each"
+    )
+
+
+def test_rotten_tomatoes_stays_balanced(reviews):
+    for table in make_splits(reviews, 0.1, 0, None).tables.values():
+        assert abs((table["label"] == 0).sum() - (table["label"] == 1).sum()) <= 1
+
+
+# -- what must be made ------------------------------------------------------------------------------------------------
+
+
+def test_the_same_split_seed_gives_the_same_sentences(reviews):
+    first = texts(make_splits(reviews, 0.1, 5, None))
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(123)
+    assert texts(make_splits(reviews, 0.1, 5, None)) == first
+
+
+def test_another_split_seed_gives_other_sentences(reviews):
+    first, second = (texts(make_splits(reviews, 0.1, seed, None)) for seed in (0, 1))
+    for name in ("validation", "test"):
+        overlap = set(first[name]) & set(second[name])
+        assert len(overlap) < 0.25 * len(first[name])  # a tenth by chance
+
+
+def test_the_runs_seed_cannot_reach_the_split():
+    assert list(inspect.signature(Data.splits).parameters) == ["self", "task"]
+    assert "seed" not in inspect.signature(Data).parameters
+
+
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=2, max_size=4),
+    share=st.floats(0.05, 0.4),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_made_splits_are_stratified_disjoint_and_in_file_order(counts, share, seed):
+    labels = [code for code, count in enumerate(counts) for _ in range(count)]
+    random.Random(seed).shuffle(labels)
+    data = Labelled({"train": table_of(labels), "validation": table_of([0, 1], 1000)}, "made up")
+    wanted = round(share * len(labels))
+    assume(wanted > 0)
+    splits = make_splits(data, share, seed, None)
+    train, validation = splits.tables["train"], splits.tables["validation"]
+    assert len(validation) == wanted
+    assert sorted([*train["text"], *validation["text"]]) == sorted(data.splits["train"]["text"])
+    for code, count in enumerate(counts):
+        exact = wanted * count / len(labels)
+        assert (validation["label"] == code).sum() in (math.floor(exact), math.ceil(exact))
+    for table in (train, validation):
+        order = [int(text.split()[1]) for text in table["text"]]
+        assert order == sorted(order)
+        assert table["label"].tolist() == [labels[row] for row in order]
+        assert list(table.index) == list(range(len(table)))
+
+
+@pytest.mark.parametrize("count", [15, 20, 25, 30, 45, 100])
+@pytest.mark.parametrize("share", [0.1, 0.2])
+def test_validation_and_test_get_the_same_number_of_sentences(count, share):
+    # the note says "each"; a rounded share of what is left after the first cut need not be the same number
+    splits = make_splits(one_set([row % 2 for row in range(count)]), share, 0, None)
+    assert sizes(splits)["validation"] == sizes(splits)["test"] == round(share * count)
+
+
+def test_a_test_set_without_a_validation_set():
+    data = Labelled({"train": table_of([0, 1] * 10), "test": table_of([0, 1] * 3, 1000)}, "made up")
+    splits = make_splits(data, 0.1, 0, None)
+    assert sizes(splits) == {"train": 18, "validation": 2, "test": 6}
+    assert splits.tables["test"]["text"].tolist() == data.splits["test"]["text"].tolist()
+
+
+def test_the_note_tells_of_a_validation_set_that_was_made():
+    data = Labelled({"train": table_of([0, 1] * 10), "test": table_of([0, 1] * 3, 1000)}, "made up")
+    assert "stratified 10% of the training set" in make_splits(data, 0.1, 0, None).note
+
+
+def test_the_source_is_left_as_it_was():
+    data = one_set([0, 1] * 20)
+    before = data.splits["train"].copy()
+    make_splits(data, 0.1, 0, 5)
+    assert set(data.splits) == {"train"}
+    pd.testing.assert_frame_equal(data.splits["train"], before)
+
+
+# -- limit ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_keeps_a_stratified_part_of_each_split():
+    full, few = (make_splits(three_sets(), 0.1, 0, limit) for limit in (None, 6))
+    assert sizes(few) == {"train": 6, "validation": 6, "test": 6}
+    for name, table in few.tables.items():
+        assert table["label"].sum() == 3
+        rows = [texts(full)[name].index(text) for text in table["text"]]
+        assert rows == sorted(set(rows))  # each once, in file order
+        assert list(table.index) == list(range(6))
+    assert "; at most 6 sentences of each" in few.note
+
+
+def test_a_limit_is_seeded_by_the_split_seed():
+    chosen = [texts(make_splits(three_sets((200, 200, 200)), 0.1, seed, 20)) for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != chosen[2]
+
+
+def test_a_limit_above_the_size_changes_nothing():
+    assert texts(make_splits(three_sets(), 0.1, 0, 20)) == texts(make_splits(three_sets(), 0.1, 0, None))
+
+
+@pytest.mark.parametrize("limit", [0, -3])
+def test_a_limit_below_one_is_refused(limit):
+    with pytest.raises(SettingError) as caught:
+        make_splits(three_sets(), 0.1, 0, limit)
+    assert caught.value.setting == "data.limit"
+
+
+# -- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1.0, -0.1, math.nan, math.inf])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(SettingError) as caught:
+        make_splits(one_set([0, 1] * 20), share, 0, None)
+    assert caught.value.setting == "data.validation_share"
+
+
+def test_no_training_set_is_refused():
+    data = Labelled({"validation": table_of([0, 1])}, "made up")
+    with pytest.raises(SettingError, match=r"made up: has no labelled training set, only \['validation'\]"):
+        make_splits(data, 0.1, 0, None)
+
+
+def test_a_split_that_would_be_empty_is_refused():
+    with pytest.raises(SettingError, match="are empty"):
+        make_splits(one_set([0, 1, 0, 1]), 0.1, 0, None)  # 0.4 sentences

@@ -1,0 +1,395 @@
+"""Tokens: what is encoded, what stands between two sentences, and a cache that is never wrong."""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import datasets
+import pandas as pd
+import pyarrow
+import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from heterolora.backbone import byte_tokenizer
+from heterolora.data import tokens
+from heterolora.data.tokens import pair_separator, tokenise
+
+CLS, SEP = 1, 2  # of the byte tokenizer
+BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def make_tokenizer(special=("</s>",), single="$A", pair="$A $B:1", **options):
+    """A byte tokenizer that puts the named tokens around its inputs."""
+    vocabulary = {token: index for index, token in enumerate([*special, *BYTES])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[(token, vocabulary[token]) for token in special]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+def one_text(texts=("a first text", "b", "third"), labels=(0, 1, 1)):
+    table = pd.DataFrame({"text": list(texts), "label": list(labels)})
+    return {"train": table, "test": table.iloc[:1]}
+
+
+def a_pair(first="first", second="second"):
+    return {"train": pd.DataFrame({"a": [first], "b": [second], "label": [1]})}
+
+
+def decoded(tokenizer, examples):
+    return [tokenizer.decode(example["input_ids"]) for example in examples]
+
+
+@pytest.fixture
+def encoded_batches(monkeypatch):
+    """Lists of texts that any tokenizer was asked to encode (single probes of its style do not count)."""
+    seen = []
+    original = PreTrainedTokenizerFast.__call__
+
+    def spy(self, *args, **kwargs):
+        if isinstance(args[0], list):
+            seen.append(args[0])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", spy)
+    return seen
+
+
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_example_is_ids_mask_label_and_row():
+    examples = tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+    ids = [CLS, *(3 + BYTES.index(letter) for letter in "third"), SEP]
+    assert examples["train"][2] == {"input_ids": ids, "attention_mask": [1] * 7, "labels": 1, "index": 2}
+    assert [len(examples[split]) for split in ("train", "test")] == [3, 1]
+    assert examples["test"][0] == examples["train"][0]
+
+
+def test_a_long_text_is_cut_and_still_ends_right():
+    example = tokenise(one_text(["x" * 50], [0]), byte_tokenizer(), ["text"], 10, None)["train"][0]
+    assert len(example["input_ids"]) == 10
+    assert (example["input_ids"][0], example["input_ids"][-1]) == (CLS, SEP)
+
+
+def test_the_longer_sentence_of_a_pair_is_cut_first():
+    tokenizer = byte_tokenizer()
+    examples = tokenise(a_pair("x" * 40, "short"), tokenizer, ["a", "b"], 20, None)["train"]
+    assert decoded(tokenizer, examples) == ["[CLS]" + "x" * 12 + "[SEP]short[SEP]"]
+
+
+def test_padding_and_length_stored_with_the_tokenizer_are_not_used():
+    # sentence-transformers checkpoints (MiniLM among them) store a fixed length of 128
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_padding(length=32)
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    assert tokenise(one_text(), tokenizer, ["text"], 64, None) == tokenise(
+        one_text(), byte_tokenizer(), ["text"], 64, None
+    )
+
+
+# -- between two sentences --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("special", "pair"),
+    [
+        (("[CLS]", "[SEP]"), "[CLS] $A [SEP] $B:1 [SEP]"),  # BERT
+        (("<s>", "</s>"), "<s> $A </s> </s> $B:1 </s>"),  # RoBERTa
+        (("</s>",), "$A </s> $B:1 </s>"),  # T5
+        (("<s>",), "<s> $A <s> $B:1"),  # begins each sentence anew
+    ],
+)
+def test_a_tokenizer_that_marks_the_border_gets_no_separator(special, pair):
+    tokenizer = make_tokenizer(special, pair=pair, additional_special_tokens=list(special))
+    assert pair_separator(tokenizer) == []
+    assert pair_separator(byte_tokenizer()) == []
+
+
+@pytest.mark.parametrize(
+    ("special", "pair"),
+    [
+        (("</s>",), "$A $B:1"),  # GPT-2
+        (("<s>", "</s>"), "<s> $A $B:1"),  # Llama
+        (("<s>", "</s>"), "$A $B:1 </s>"),
+        (("<s>", "</s>"), "<s> $A $B:1 </s>"),
+        (("[g]", "<s>", "</s>"), "[g] <s> $A $B:1"),  # two marks, neither between (ChatGLM)
+        (("<s>", "</s>"), "$A $B:1 </s> <s>"),
+    ],
+)
+def test_a_tokenizer_that_joins_pairs_gets_its_end_token(special, pair):
+    tokenizer = make_tokenizer(special, pair=pair, eos_token="</s>", additional_special_tokens=list(special))
+    assert pair_separator(tokenizer) == [tokenizer.eos_token_id]
+
+
+def test_a_separator_token_goes_before_the_end_token():
+    tokenizer = make_tokenizer(("<sep>", "</s>"), eos_token="</s>", sep_token="<sep>")
+    assert pair_separator(tokenizer) == [tokenizer.sep_token_id]
+
+
+def test_without_any_special_token_a_line_break_separates():
+    tokenizer = make_tokenizer(special=())
+    assert tokenizer.decode(pair_separator(tokenizer)) == "\n"
+
+
+def test_the_separator_stands_between_as_one_token():
+    tokenizer = make_tokenizer(("<s>", "</s>"), single="<s> $A", pair="<s> $A $B:1", eos_token="</s>", bos_token="<s>")
+    ids = tokenise(a_pair("xy", "z"), tokenizer, ["a", "b"], 64, None)["train"][0]["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "x", "y", "</s>", "z"]
+
+
+def test_the_second_sentence_outlives_a_long_first_one():
+    # as with two inputs: the longer one is cut, the separator and the other sentence stay
+    tokenizer = make_tokenizer(eos_token="</s>")
+    examples = tokenise(a_pair("x" * 40, "short"), tokenizer, ["a", "b"], 20, None)["train"]
+    assert decoded(tokenizer, examples) == ["x" * 14 + "</s>short"]
+
+
+def test_a_single_text_gets_no_separator():
+    tokenizer = make_tokenizer(eos_token="</s>")
+    assert decoded(tokenizer, tokenise(one_text(), tokenizer, ["text"], 64, None)["train"])[1] == "b"
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_hit_gives_the_same_examples_and_encodes_nothing(tmp_path, encoded_batches):
+    first = tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path / "new" / "cache")
+    assert len(encoded_batches) == 2
+    assert tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path / "new" / "cache") == first
+    assert len(encoded_batches) == 2
+
+
+def test_a_hit_with_pairs(tmp_path, encoded_batches):
+    first = tokenise(a_pair(), byte_tokenizer(), ["a", "b"], 64, tmp_path)
+    assert len(encoded_batches) == 1
+    assert tokenise(a_pair(), byte_tokenizer(), ["a", "b"], 64, tmp_path) == first
+    assert len(encoded_batches) == 1
+
+
+def test_a_tokenizer_that_was_used_before_still_hits(tmp_path, encoded_batches):
+    # a call leaves its truncation in the tokenizer's state
+    tokenizer = byte_tokenizer()
+    first = tokenise(one_text(), tokenizer, ["text"], 64, tmp_path)
+    tokenizer("anything", truncation=True, max_length=5)
+    assert tokenise(one_text(), tokenizer, ["text"], 64, tmp_path) == first
+    assert len(encoded_batches) == 2
+
+
+def test_no_cache_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def lower_case():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    return tokenizer
+
+
+def cut_at_the_left():
+    tokenizer = byte_tokenizer()
+    tokenizer.truncation_side = "left"
+    return tokenizer
+
+
+def with_token_types():
+    tokenizer = byte_tokenizer()
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
+
+
+BASE = {"tables": one_text(["First Text", "b"], [0, 1]), "tokenizer": byte_tokenizer, "max_length": 8}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_length": 6},
+        {"tables": one_text(["first Text", "b"], [0, 1])},
+        {"tables": one_text(["First Text", "b"], [1, 1])},
+        {"tables": one_text(["b", "First Text"], [1, 0])},
+        {"tables": {"train": BASE["tables"]["test"], "test": BASE["tables"]["train"]}},
+        {"tables": {"train": BASE["tables"]["train"], "validation": BASE["tables"]["test"]}},
+        {"tables": {"train": BASE["tables"]["train"]}},
+        {"tokenizer": lower_case},
+        {"tokenizer": make_tokenizer},
+        {"tokenizer": cut_at_the_left},
+        {"tokenizer": with_token_types},
+    ],
+    ids=[
+        "max_length",
+        "text",
+        "label",
+        "order",
+        "splits swapped",
+        "a split renamed",
+        "a split less",
+        "normaliser",
+        "special tokens",
+        "truncation side",
+        "inputs",
+    ],
+)
+def test_whatever_changes_the_cache_gives_what_no_cache_gives(tmp_path, change):
+    def examples(settings, cache):
+        return tokenise(settings["tables"], settings["tokenizer"](), ["text"], settings["max_length"], cache)
+
+    base = examples(BASE, tmp_path)
+    wanted = examples(BASE | change, None)
+    assert wanted != base
+    assert examples(BASE | change, tmp_path) == wanted
+
+
+def test_the_order_of_the_columns_counts(tmp_path):
+    first = tokenise(a_pair(), byte_tokenizer(), ["a", "b"], 64, tmp_path)
+    second = tokenise(a_pair(), byte_tokenizer(), ["b", "a"], 64, tmp_path)
+    assert first != second
+    assert second == tokenise(a_pair(), byte_tokenizer(), ["b", "a"], 64, None)
+
+
+# -- a cache that something happened to -------------------------------------------------------------------------------
+
+MANY = one_text([f"text {row}" for row in range(2500)], [row % 2 for row in range(2500)])  # three record batches
+
+
+def cached_folder(cache):
+    (folder,) = [path for path in cache.iterdir() if path.is_dir()]
+    return folder
+
+
+def cut_between_batches(folder):
+    """Keep the first batch of rows: still a readable file."""
+    (path,) = (folder / "train").glob("*.arrow")
+    content = path.read_bytes()
+    source = pyarrow.BufferReader(content)
+    pyarrow.ipc.open_stream(source).read_next_batch()
+    path.write_bytes(content[: source.tell()])
+
+
+def cut_inside_a_batch(folder):
+    (path,) = (folder / "train").glob("*.arrow")
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def cut_to_nothing(folder):
+    (path,) = (folder / "train").glob("*.arrow")
+    path.write_bytes(b"")
+
+
+def without_the_index(folder):
+    (folder / "dataset_dict.json").unlink()
+
+
+def without_a_split(folder):
+    """Consistent in itself, but not what was asked for."""
+    shutil.rmtree(folder / "test")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": ["train"]}))
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGES = [cut_between_batches, cut_inside_a_batch, cut_to_nothing, without_the_index, without_a_split, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_never_gives_wrong_examples(tmp_path, damage):
+    right = tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path)
+    damage(cached_folder(tmp_path))
+    try:
+        found = tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path)
+    except (OSError, ValueError):  # refusing is no wrong answer; pyarrow's errors are these two
+        return
+    assert found == right
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_made_anew(tmp_path, damage):
+    right = tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path)
+    damage(cached_folder(tmp_path))
+    assert tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path) == right
+
+
+def save_half(self, path):
+    Path(path).mkdir()
+    (Path(path) / "dataset_dict.json").write_text('{"splits": ["tr')
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_writer_leaves_nothing_behind(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.DatasetDict, "save_to_disk", save_half)
+        with pytest.raises(KeyboardInterrupt):
+            tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path) == tokenise(
+        one_text(), byte_tokenizer(), ["text"], 64, None
+    )
+
+
+def test_an_interrupted_writer_leaves_the_progress_bars_alone(tmp_path, monkeypatch):
+    datasets.enable_progress_bars()
+    monkeypatch.setattr(datasets.DatasetDict, "save_to_disk", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.enable_progress_bars()
+    assert not disabled
+
+
+def test_the_rest_of_a_killed_writer_is_not_read(tmp_path):
+    torn = tmp_path / ".writing-killed" / "tokens"
+    torn.mkdir(parents=True)
+    (torn / "dataset_dict.json").write_text("{")
+    examples = tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+    assert examples == tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+    assert examples == tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+
+
+def test_a_faster_writer_wins(tmp_path, monkeypatch):
+    """Another process finishes the same folder after this one looked and before it moves its own there."""
+    rename = os.rename
+
+    def late(scratch, folder):
+        shutil.copytree(scratch, folder)
+        rename(scratch, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", late)
+        examples = tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+    assert examples == tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+    assert [path.name for path in tmp_path.iterdir()] == [cached_folder(tmp_path).name]
+    assert tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path) == examples
+
+
+def test_writers_at_the_same_moment(tmp_path, monkeypatch):
+    barrier, rename, found = threading.Barrier(4, timeout=30), os.rename, []
+
+    def together(scratch, folder):
+        barrier.wait()  # all have written, none has moved
+        rename(scratch, folder)
+
+    monkeypatch.setattr(tokens.os, "rename", together)
+
+    def write():
+        found.append(tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path))
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wanted = tokenise(MANY, byte_tokenizer(), ["text"], 64, None)
+    assert [examples == wanted for examples in found] == [True] * 4
+    assert len(list(tmp_path.iterdir())) == 1
+    assert tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path) == wanted
