@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,12 +103,20 @@ class Pretrained:
                     self.path,
                     f"cannot be loaded ({reason}){hub}; give a hub id, a folder or package:NAME/FOLDER",
                 ) from error
-        if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-            raise SettingError("model.path", self.path, "holds no tokenizer")
+        size = model.get_input_embeddings().num_embeddings
+        if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= size:
+            raise SettingError(
+                "model.path",
+                self.path,
+                f"holds no tokenizer for its {size} embeddings, only one of {len(tokenizer)} tokens",
+            )
         other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
         inside = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_parameters()}
         if wrong := sorted(other & inside):
             raise SettingError("model.path", self.path, f"weights do not fit the config: {wrong[:3]}")
+        # A pooler that pretraining did not have is part of the head; anything else that lacks makes another backbone.
+        if lost := sorted(name for name in set(info["missing_keys"]) & inside if "pooler" not in name):
+            raise SettingError("model.path", self.path, f"weights are missing: {lost[:3]} ({len(lost)} in all)")
         return _finish(self, model, tokenizer, frozenset(info["missing_keys"]) | other, seed)
 
     def _location(self) -> str:
@@ -184,12 +192,27 @@ def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: froz
                 parameter.copy_(drawn)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token is None:
+        raise SettingError("model", type(tokenizer).__name__, "this tokenizer has no token that could pad")
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders pool at the last token that is not this one
+    _head_in_float32(model, head)
     layout = None
     if settings.layout is not None:
         layout = build({"_target_": "heterolora.layouts.Layout", **settings.layout}, "model.layout")
     return Backbone(model, tokenizer, tuple(head), fingerprint(model, head), layout, settings.gradient_checkpointing)
+
+
+def _head_in_float32(model: nn.Module, head: Sequence[str]) -> None:
+    """What is trained is held in float32 at least; on a half-precision backbone its modules cast their inputs."""
+    for name in head:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if next(module.parameters(recurse=False)).dtype in (torch.bfloat16, torch.float16):
+            module.float()
+            module.register_forward_pre_hook(_cast_to_float32)
+
+
+def _cast_to_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in args)
 
 
 def fingerprint(model: nn.Module, without: list[str]) -> str:

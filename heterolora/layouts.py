@@ -85,6 +85,11 @@ class Layout:
     when: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        needed = ["out_add"] + (["middle_sum", "middle_add", "out_sum"] if self.middle is not None else [])
+        if missing := [name for name in needed if not getattr(self, name)]:
+            raise SettingError("model.layout", missing, "without these points, shortcuts would join nothing")
+
 
 _OPT = {
     "blocks": "decoder.layers",

@@ -1,6 +1,7 @@
 """The one Lightning module of all tasks, and the optimizer."""
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -65,15 +66,20 @@ class LitAdapted(L.LightningModule):
         model: the adapted model; its adapters are enabled by a callback before the optimizer is made.
         task: loss, metrics, predictions.
         optimizer: optimizer settings.
-        seed: of the adapters' initialisation.
+        seed: of the adapters' initialisation and of dropout.
+        fingerprint: of the backbone; a checkpoint of another one is refused.
     """
 
-    def __init__(self, model: AdaptedModel, task: Task, optimizer: Optimizer, seed: int) -> None:
+    def __init__(self, model: AdaptedModel, task: Task, optimizer: Optimizer, seed: int, fingerprint: str) -> None:
         super().__init__()
         self.model = model
         self.task = task
         self.settings = optimizer
         self.seed = seed
+        self.fingerprint = fingerprint
+        self.search_seconds: float | None = None
+        self._seconds_before = 0.0
+        self._training_since: float | None = None
         self.strict_loading = True
         self.validation_metrics = task.make_metrics()
         self.test_metrics = task.make_metrics()
@@ -187,9 +193,35 @@ class LitAdapted(L.LightningModule):
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Ranks travel with the weights."""
+        """Ranks travel with the weights, and what identifies the run they belong to."""
         checkpoint["ranks"] = {name: rank for name, rank in self.model.ranks.items() if rank}
+        checkpoint["fingerprint"] = self.fingerprint
+        checkpoint["seconds"] = {"search": self.search_seconds, "training": self.training_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Enable the sites before their weights are loaded and before the optimizer is made."""
+        """Enable the sites before their weights are loaded and before the optimizer is made.
+
+        Raises:
+            SettingError: if the checkpoint belongs to another backbone.
+        """
+        if checkpoint["fingerprint"] != self.fingerprint:
+            raise SettingError(
+                "resume", "this checkpoint", "it was made with other backbone weights than model.path has"
+            )
         self.model.enable(checkpoint["ranks"], self.seed)
+        self.search_seconds = checkpoint["seconds"]["search"]
+        self._seconds_before = checkpoint["seconds"]["training"]
+
+    def on_train_start(self) -> None:
+        """The clock of training starts."""
+        self._training_since = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        """And stops."""
+        self._seconds_before, self._training_since = self.training_seconds, None
+
+    @property
+    def training_seconds(self) -> float:
+        """Time spent in training and its validations so far, in earlier processes too (up to their last checkpoint)."""
+        since = self._training_since
+        return self._seconds_before + (0.0 if since is None else time.perf_counter() - since)

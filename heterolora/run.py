@@ -4,7 +4,9 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import traceback
 import warnings
@@ -81,6 +83,9 @@ def train(cfg: DictConfig) -> float:
         status["config_hash"] = config_hash(config)
         write_json(folder / "status.json", status)
         resume = find_resume(config, folder)
+        if resume is not None:
+            status["resumed_from"] = str(resume.run)
+            write_json(folder / "status.json", status)
         summary = run_training(parts, config, folder, resume)
         if resume is not None:
             _mark_continued(resume.run, folder)
@@ -103,8 +108,8 @@ def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
         SettingError: for the first value that cannot be used.
     """
     seed = config["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise SettingError("seed", seed, "a whole number of at least 0")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise SettingError("seed", seed, "a whole number from 0 to 2^32 - 1")
     objects = {node: build(config[node], node) for node in NODES}
     callbacks = [build(node, f"callbacks.{name}") for name, node in (config["callbacks"] or {}).items() if node]
     return Parts(**objects, callbacks=callbacks, seed=seed, choices=choices)
@@ -113,6 +118,7 @@ def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Identifies runs that would give the same result."""
     relevant = {key: value for key, value in config.items() if key not in ("resume", "outputs", "logger", "callbacks")}
+    relevant["data"] = {key: value for key, value in config["data"].items() if key != "cache_dir"}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -135,10 +141,13 @@ def find_resume(config: Mapping[str, Any], folder: Path) -> Resume | None:
         run = max(found, key=lambda path: newest_checkpoint(path).stat().st_mtime)  # type: ignore[union-attr]
     elif isinstance(asked, str):
         run = Path(asked)
-        if newest_checkpoint(run) is None:
+        if newest_checkpoint(run) is None or not (run / "status.json").is_file():
             raise SettingError("resume", asked, "no checkpoint there; give the folder of a run, or true, or false")
-        if (given := json.loads((run / "status.json").read_text()).get("config_hash")) != wanted:
+        status = json.loads((run / "status.json").read_text())
+        if (given := status.get("config_hash")) != wanted:
             raise SettingError("resume", asked, f"that run had another config (hash {given}, this one's is {wanted})")
+        if status["state"] in ("finished", "continued") or _is_running(status):
+            raise SettingError("resume", asked, f"that run is {status['state']}")
     else:
         raise SettingError("resume", asked, "true, false or the folder of a run")
     checkpoint = newest_checkpoint(run)
@@ -160,14 +169,23 @@ def _can_resume(status_file: Path, wanted: str) -> bool:
         return False
     if status.get("config_hash") != wanted or status.get("state") in ("finished", "continued"):
         return False
-    alive = status.get("state") == "running" and status.get("host") == socket.gethostname() and _alive(status["pid"])
-    return not alive and newest_checkpoint(status_file.parent) is not None
+    return not _is_running(status) and newest_checkpoint(status_file.parent) is not None
+
+
+def _is_running(status: Mapping[str, Any]) -> bool:
+    """Whether another process of this machine is at it; this process runs one job at a time."""
+    here = status.get("state") == "running" and status.get("host") == socket.gethostname()
+    return here and status["pid"] != os.getpid() and _alive(status["pid"])
 
 
 def _mark_continued(run: Path, by: Path) -> None:
-    """The broken-off run is done with: another folder holds its result."""
-    status = json.loads((run / "status.json").read_text())
-    write_json(run / "status.json", status | {"state": "continued", "continued_in": str(by)})
+    """The broken-off run, and those that it went on with, are done with: another folder holds their result."""
+    earlier: str | None = str(run)
+    while earlier is not None:
+        path = Path(earlier) / "status.json"
+        status = json.loads(path.read_text())
+        write_json(path, status | {"state": "continued", "continued_in": str(by)})
+        earlier = status.get("resumed_from")
 
 
 def _alive(pid: int) -> bool:
@@ -182,13 +200,20 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def _status(folder: Path) -> Iterator[dict[str, Any]]:
-    """Keep ``status.json`` true: running, finished, failed or interrupted."""
+    """Keep ``status.json`` true: running, finished, failed or interrupted.
+
+    The file is made exclusively, so that two jobs cannot share a folder.
+    """
     status: dict[str, Any] = {
         "state": "running",
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    try:
+        (folder / "status.json").touch(exist_ok=False)
+    except FileExistsError as error:
+        raise RunFailed(f"hydra.run.dir={folder}: holds another run; give a new folder") from error
     write_json(folder / "status.json", status)
 
     def end(state: str, **more: Any) -> None:
@@ -196,17 +221,36 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
         write_json(folder / "status.json", status)
 
     try:
-        yield status
+        with _terminable():
+            yield status
     except (SettingError, DegenerateScores, FloatingPointError) as error:
         end("failed", error=str(error))
         raise RunFailed(str(error)) from error
     except Exception as error:
         end("failed", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         raise
-    except BaseException as error:
-        end("interrupted", error=type(error).__name__)
-        raise
+    except BaseException as error:  # Lightning turns both signals into SystemExit
+        by_keyboard = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
+        end("interrupted", error="keyboard" if by_keyboard else f"SIGTERM or {type(error).__name__}")
+        raise SystemExit(130 if by_keyboard else 143) from error
     end("finished")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the job like an exception, also before Lightning listens to it."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quieten() -> None:

@@ -114,7 +114,7 @@ def search(
     start = time.perf_counter()
     space = model.space
     resolved = budget.resolve(space)
-    _check_reachable(allocator, resolved, model)
+    check_budget(allocator, resolved, model)
     scores: Mapping[str, Score] | None = None
     rule = allocator.gain_rule
     if rule is None:
@@ -130,8 +130,12 @@ def search(
     return SearchResult(scores, allocation, time.perf_counter() - start)
 
 
-def _check_reachable(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
-    """Refuse before scoring what would be refused after it."""
+def check_budget(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
+    """Refuse before scoring what would be refused after it.
+
+    Raises:
+        SettingError: if the budget buys nothing, or the allocator cannot read it.
+    """
     cost = model.family.cost(model.space.sites)
     cheapest = min(cost({site.name: 1}) for site in model.space.sites)
     if isinstance(budget, int) and budget < cheapest:

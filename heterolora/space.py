@@ -134,18 +134,19 @@ def _linears(block: nn.Module, path: str, roles: Mapping[str, str] | None) -> li
 
 
 def _repeated_blocks(base: nn.Module, model_type: str) -> tuple[str, nn.Module]:
-    """The largest list of modules of one class that hold linear layers."""
-    best: tuple[int, str, nn.Module] | None = None
+    """The one list of modules of one class that hold linear layers; lists inside its blocks do not count."""
+    found: dict[str, nn.Module] = {}
     for name, module in base.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1:
-            size = sum(p.numel() for p in module.parameters())
-            if _linears(module[0], "", None) and (best is None or size > best[0]):
-                best = (size, name, module)
-    if best is None:
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{other}.") for other in found):
+            continue
+        if len({type(child) for child in module}) == 1 and _linears(module[0], "", None):
+            found[name] = module
+    if len(found) != 1:
+        which = f"these have: {sorted(found)}" if found else "there is none"
         raise SettingError(
-            "model", model_type, "no list of repeated blocks with linear layers was found; give model.layout"
+            "model", model_type, f"one list of repeated blocks with linear layers is needed, {which}; give model.layout"
         )
-    return best[1], best[2]
+    return next(iter(found.items()))
 
 
 def _stream_width(sites: Sequence[Site], layout: BoundLayout) -> int:
@@ -245,10 +246,11 @@ class SearchSpace:
                 raise SettingError(
                     f"search_space.{setting}", rule, f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}"
                 )
-            matched = {site.name for site in sites if _matches(rule, site, depth)}
-            if not matched:
-                raise SettingError(f"search_space.{setting}", rule, f"matches no site; {_existing(sites, found)}")
-            names |= matched
+            for part in _parts(rule):
+                matched = {site.name for site in sites if _matches(part, site, depth)}
+                if not matched:
+                    raise SettingError(f"search_space.{setting}", part, f"matches no site; {_existing(sites, found)}")
+                names |= matched & {site.name for site in sites if _matches(rule, site, depth)}
         return names
 
     def _check_renorm(self, sites: Sequence[Site], found: Survey) -> None:
@@ -260,6 +262,14 @@ class SearchSpace:
                 raise SettingError(
                     "search_space.renorm", True, f"the layout of {found.model_type} names no norm for it; use false"
                 )
+
+
+def _parts(rule: str | Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
+    """The rule with each value of each list alone: every one must match something, or it is a slip."""
+    if isinstance(rule, str):
+        return [rule]
+    lists = {key: value for key, value in rule.items() if isinstance(value, (list, tuple))}
+    return [{**rule, key: [value]} for key, values in lists.items() for value in values] or [rule]
 
 
 def _matches(rule: str | Mapping[str, Any], site: Site, depth: int) -> bool:

@@ -4,10 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from heterolora.errors import SettingError
@@ -20,7 +21,8 @@ class TrainerSettings:
     Args:
         max_epochs: epochs.
         max_steps: optimizer steps after which training stops; -1: no limit but the epochs.
-        precision: Lightning's precision, e.g. ``32-true`` or ``bf16-mixed``.
+        precision: ``32-true``, or autocast to a half precision: ``bf16-mixed``, or on a GPU ``16-mixed`` (what the
+            frozen weights are held in is ``model.dtype``).
         accumulate: batches whose gradients make one step.
         accelerator: Lightning's accelerator.
         devices: devices; one, as long as allocation in several processes is not built.
@@ -30,7 +32,7 @@ class TrainerSettings:
 
     max_epochs: int
     max_steps: int
-    precision: str
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"]
     accumulate: int
     accelerator: str
     devices: int
@@ -44,6 +46,8 @@ class TrainerSettings:
             raise SettingError("max_steps", self.max_steps, "a whole number of at least 1, or -1 for no limit")
         if self.accumulate < 1:
             raise SettingError("accumulate", self.accumulate, "a whole number of at least 1")
+        if self.precision == "16-mixed" and not torch.cuda.is_available():
+            raise SettingError("precision", self.precision, "needs a GPU; use bf16-mixed or 32-true")
         if self.devices != 1:
             raise SettingError("devices", self.devices, "only 1 is supported so far")
         if self.threads is not None and not 1 <= self.threads <= (os.cpu_count() or 1):
@@ -67,7 +71,7 @@ class TrainerSettings:
             return L.Trainer(
                 max_epochs=self.max_epochs,
                 max_steps=self.max_steps,
-                precision=self.precision,  # type: ignore[arg-type]
+                precision=self.precision,
                 accumulate_grad_batches=self.accumulate,
                 accelerator=self.accelerator,
                 devices=self.devices,
@@ -82,5 +86,5 @@ class TrainerSettings:
                 enable_model_summary=False,
                 enable_progress_bar=any(getattr(c, "is_enabled", None) is not None for c in callbacks),
             )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise SettingError("trainer", self, f"Lightning refuses it: {error}") from error
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+            raise SettingError("trainer", self, f"Lightning refuses it: {str(error).splitlines()[0]}") from error

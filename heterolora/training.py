@@ -3,9 +3,9 @@
 import hashlib
 import json
 import logging
+import math
 import platform
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -36,13 +36,14 @@ from heterolora.report.loggers import RunLogger
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import draw_allocation
 from heterolora.report.summary import print_summary
-from heterolora.search import Probe, SearchResult, search
+from heterolora.search import Probe, SearchResult, check_budget, search
 from heterolora.space import SearchSpace, Space, survey
 from heterolora.tasks.base import Task
 from heterolora.trainer import TrainerSettings
 
 _log = logging.getLogger(__name__)
 
+_EARLIER = "metrics_earlier.csv"
 _SITE_COLUMNS = ("site", "kind", "role", "layer", "span", "in", "out", "score", "rank", "parameters")
 
 
@@ -98,7 +99,7 @@ def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: 
     try:
         return _Run(parts, config, folder, resume).execute()
     finally:
-        parts.logger.close({})
+        parts.logger.close(None)
         torch.set_num_threads(threads)
 
 
@@ -110,8 +111,6 @@ class _Run:
         self.config = config
         self.folder = folder
         self.resume = resume
-        self.result: SearchResult | None = None
-        self.found_at: float | None = None
 
     def execute(self) -> dict[str, Any]:
         parts = self.parts
@@ -124,26 +123,30 @@ class _Run:
         model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
-        data = TextData(splits, parts.task, backbone.tokenizer, parts.data, parts.seed)
-        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed)
-        allocate = parts.allocation.callback(
-            lambda lit: self._search(lit, data, backbone), lambda result: self._found(result, space)
-        )
+        check_budget(parts.allocator, parts.budget.resolve(space), model)
+        positions = getattr(backbone.model.config, "max_position_embeddings", None)
+        data = TextData(splits, parts.task, backbone.tokenizer, positions, parts.data, parts.seed)
+        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, backbone.fingerprint)
+        callbacks = list(parts.callbacks)
+        if self.resume is None:  # a resumed run has its ranks from the checkpoint
+            callbacks.append(
+                parts.allocation.callback(
+                    lambda lit: self._search(lit, data, backbone), lambda result: self._found(result, space)
+                )
+            )
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
-        trainer = parts.trainer.make(self.folder, [allocate, *parts.callbacks], logger, parts.optimizer.clip)
-        start = time.perf_counter()
+        trainer = parts.trainer.make(self.folder, callbacks, logger, parts.optimizer.clip)
         ckpt_path = None
         if self.resume is not None:
             ckpt_path = self.resume.checkpoint
             self._adopt(self.resume)
         module.train()  # backbones are loaded in evaluation mode, and Lightning keeps the mode it finds
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-        training_seconds = time.perf_counter() - (self.found_at or start)
         if trainer.interrupted:
             raise KeyboardInterrupt
         metrics = self._evaluate(trainer, module, data)
-        summary = self._summary(module, metrics, splits, origin, backbone, trainer, training_seconds)
-        self._write_results(module, summary, splits)
+        summary = self._summary(module, metrics, splits, origin, backbone, trainer)
+        self._write_results(module, summary)
         print_summary(summary)
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
@@ -181,13 +184,13 @@ class _Run:
             "versions": versions(),
         }
         found = result.allocation
+        lit.search_seconds = result.seconds
         allocation = Allocation(found.ranks, found.spent, found.budget, provenance)
         self._scored_rows = rows
         return SearchResult(result.scores, allocation, result.seconds)
 
     def _found(self, result: SearchResult, space: Space) -> None:
         """Write down what was found, before training starts."""
-        self.result = result
         allocation, scores = result.allocation, result.scores
         self._write_config()
         write_json(self.folder / "sites.json", [site.as_dict() for site in space.sites])
@@ -211,14 +214,19 @@ class _Run:
         self.parts.logger.log_allocation(_SITE_COLUMNS, rows, picture)
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
         _log.info("allocated %s parameters to %d of %d sites", spent, len(allocation.active), len(space.sites))
-        self.found_at = time.perf_counter()
 
     def _adopt(self, resume: Resume) -> None:
-        """Take over what the earlier run's search wrote."""
+        """Take over what the earlier run's search wrote, and its curves up to the checkpoint."""
         self._write_config()
         for name in ("sites.json", "sites.csv", "scores.json", "allocation.json", "allocation.png"):
             if (resume.run / name).exists():
                 write_whole(self.folder / name, partial(shutil.copyfile, resume.run / name))
+
+        epoch = torch.load(resume.checkpoint, weights_only=True)["epoch"]
+        tables = [pd.read_csv(path) for name in (_EARLIER, "metrics.csv") if (path := resume.run / name).exists()]
+        if tables:
+            before = pd.concat(tables)
+            write_whole(self.folder / _EARLIER, partial(before[before["epoch"] <= epoch].to_csv, index=False))
 
     def _write_config(self) -> None:
         write_text(self.folder / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
@@ -231,10 +239,13 @@ class _Run:
         validation = dict(trainer.callback_metrics)
         trainer.test(module, datamodule=data, verbose=False)
         values = {**validation, **trainer.callback_metrics}
-        return {
+        metrics = {
             split: {name: values[f"{split}/{name}"].item() for name in (*self.parts.task.metrics, "loss")}
             for split in ("validation", "test")
         }
+        if wrong := [split for split, found in metrics.items() if not all(map(math.isfinite, found.values()))]:
+            raise FloatingPointError(f"the loss on {wrong} is not finite after training; lower optimizer.lr")
+        return metrics
 
     def _summary(
         self,
@@ -244,9 +255,12 @@ class _Run:
         origin: str,
         backbone: Backbone,
         trainer: L.Trainer,
-        training_seconds: float,
     ) -> dict[str, Any]:
         allocation = json.loads((self.folder / "allocation.json").read_text())
+        if allocation["spent"] != module.model.held_parameters:
+            raise RuntimeError(
+                f"{module.model.held_parameters} parameters are held, {allocation['spent']} were allocated"
+            )
         predictions = {split: module.predictions(split) for split in ("validation", "test")}
         collapsed = {
             split: module.task.collapsed(found["prediction"], found["labels"]) for split, found in predictions.items()
@@ -270,7 +284,7 @@ class _Run:
                 "candidates": len(module.model.space.sites),
                 "active": sum(map(bool, module.model.ranks.values())),
             },
-            "seconds": {"search": None if self.result is None else self.result.seconds, "training": training_seconds},
+            "seconds": {"search": module.search_seconds, "training": module.training_seconds},
             "peak_memory_mib": peak_mib(),
             "data": {
                 "note": splits.note,
@@ -286,7 +300,7 @@ class _Run:
             "folder": str(self.folder),
         }
 
-    def _write_results(self, module: LitAdapted, summary: Mapping[str, Any], splits: Splits) -> None:
+    def _write_results(self, module: LitAdapted, summary: Mapping[str, Any]) -> None:
         for split in ("validation", "test"):
             found, labels = module.predictions(split), self.parts.task.labels
             table = pd.DataFrame(
@@ -301,18 +315,16 @@ class _Run:
         state = {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
         metadata = {"format": "heterolora-1", "backbone": str(summary["backbone"])}
         write_whole(self.folder / "adapter.safetensors", lambda path: save_file(state, path, metadata))
-        if self.resume is not None:
-            self._join_metrics(self.resume)
+        self._join_metrics()
         write_json(self.folder / "summary.json", summary)
 
-    def _join_metrics(self, resume: Resume) -> None:
-        """The earlier run's curves up to its checkpoint, then ours."""
-        old, new = resume.run / "metrics.csv", self.folder / "metrics.csv"
+    def _join_metrics(self) -> None:
+        """The curves of the earlier processes, then ours."""
+        old, new = self.folder / _EARLIER, self.folder / "metrics.csv"
         if old.exists() and new.exists():
-            ours = pd.read_csv(new)
-            before = pd.read_csv(old)
-            joined = pd.concat([before[before["epoch"] < ours["epoch"].min()], ours])
+            joined = pd.concat([pd.read_csv(old), pd.read_csv(new)])
             write_whole(new, partial(joined.to_csv, index=False))
+            old.unlink()
 
     def _title(self) -> str:
         keys = ["model", "search_space", "proxy", "allocator", "budget"]
@@ -335,7 +347,7 @@ def site_rows(space: Space, result: SearchResult, family: AdapterFamily) -> list
             site.span,
             site.in_features,
             site.out_features,
-            None if scores is None else total(scores[site.name]),
+            None if scores is None else float(total(scores[site.name])),
             ranks[site.name],
             cost({site.name: ranks[site.name]}),
         ]

@@ -7,7 +7,7 @@ import lightning as L
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 
 from heterolora.run import train
 
@@ -36,6 +36,15 @@ def compose_job(*overrides: str):
 def run_job(folder: Path, *overrides: str) -> dict:
     """Run a job whose folder is ``folder``; its summary."""
     folder.mkdir(parents=True)
+    value = train(prepare(folder, *overrides))
+    summary = json.loads((folder / "summary.json").read_text())
+    first = next(iter(summary["metrics"]["validation"]))
+    assert value == summary["metrics"]["validation"][first]
+    return summary
+
+
+def prepare(folder: Path, *overrides: str) -> DictConfig:
+    """The job's config, with Hydra told where it runs."""
     cfg = compose_job(*TINY, f"outputs={folder.parent}", *overrides)
     cfg.hydra.runtime.output_dir = str(folder)
     cfg.hydra.runtime.cwd = str(Path.cwd())
@@ -44,11 +53,7 @@ def run_job(folder: Path, *overrides: str) -> dict:
     cfg = cfg.copy()
     with open_dict(cfg):
         del cfg["hydra"]
-    value = train(cfg)
-    summary = json.loads((folder / "summary.json").read_text())
-    first = next(iter(summary["metrics"]["validation"]))
-    assert value == summary["metrics"]["validation"][first]
-    return summary
+    return cfg
 
 
 class StopAt(L.Callback):

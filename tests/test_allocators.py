@@ -208,7 +208,10 @@ def test_equal_gains_tie_however_they_are_written(entry, file, one, other):
 def test_a_number_of_sites_is_understood_or_refused(entry, file):
     allocator, problem = entry.make(0, file), equal_problem(0)
     counts = SiteCount({"lora": 2, "shortcut": 1}, rank=2)
-    if allocator.counts_sites:
+    if isinstance(allocator, Fixed):  # its ranks are the file's: refused unless they are such a choice
+        with pytest.raises(SettingError, match="the budget is 3 sites of rank 2"):
+            allocator.allocate(problem.gains, problem.cost, counts, problem.groups)
+    elif allocator.counts_sites:
         allocation = allocator.allocate(problem.gains, problem.cost, counts, problem.groups)
         assert sorted(allocation.ranks.values()) == [0] * 5 + [2] * 3
         assert (allocation.spent, allocation.budget) == (6, None)

@@ -110,7 +110,8 @@ def test_dropout_and_dtype_of_a_pretrained_model():
     found = replace(MINILM, dropout=0.25, dtype="bfloat16").load(2, 0)
     rates = {module.p for module in found.model.modules() if isinstance(module, nn.Dropout)}
     assert rates == {0.25}
-    assert {parameter.dtype for parameter in found.model.parameters()} == {torch.bfloat16}
+    kinds = {name in found.head: parameter.dtype for name, parameter in found.model.named_parameters()}
+    assert kinds == {False: torch.bfloat16, True: torch.float32}
     assert found.model.config.attention_probs_dropout_prob == 0.25
 
 
@@ -210,7 +211,11 @@ def test_loading_a_tiny_model_draws_nothing_from_the_global_generator():
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
 def test_dtype(dtype):
     found = tiny(dtype=dtype).load(2, 0)
-    assert {parameter.dtype for parameter in found.model.parameters()} == {getattr(torch, dtype)}
+    kinds = {name in found.head: parameter.dtype for name, parameter in found.model.named_parameters()}
+    trained = torch.float64 if dtype == "float64" else torch.float32  # what is trained is never half
+    assert kinds == {False: getattr(torch, dtype), True: trained}
+    logits = found.model(torch.tensor([[1, 5, 2]])).logits
+    assert logits.dtype == trained
 
 
 def test_gradient_checkpointing_is_passed_on():

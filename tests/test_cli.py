@@ -1,6 +1,8 @@
 """train.py as a user starts it: a process, a terminal, an exit code."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -72,6 +74,35 @@ def test_an_error_is_one_line_and_a_traceback_only_on_request(tmp_path):
     full = command(*bad, HYDRA_FULL_ERROR="1")
     assert full.returncode == 1
     assert "Traceback" in full.stderr
+
+
+@pytest.mark.parametrize(("signal_name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("moment", ["searching", "training"])
+def test_a_signal_ends_the_job_and_says_so(tmp_path, signal_name, code, moment):
+    """A scheduler must not read success, and nobody may find a dead run that calls itself running."""
+    long = {
+        "searching": ["probe.head_warmup_steps=100000"],
+        "training": ["trainer.max_epochs=100000"],
+    }[moment]
+    sign = {"searching": "warming up", "training": "epoch 2 of"}[moment]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *TINY, f"outputs={tmp_path}", *long],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if sign in line:
+            break
+    time.sleep(0.5)
+    process.send_signal(getattr(signal, signal_name))
+    process.communicate(timeout=120)
+    assert process.returncode == code, seen[-3:]
+    (status,) = tmp_path.glob("*/*/status.json")
+    assert json.loads(status.read_text())["state"] == "interrupted"
 
 
 def test_it_runs_from_another_folder(tmp_path):

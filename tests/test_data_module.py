@@ -48,7 +48,7 @@ def make_task(**changes):
 
 
 def make_data(seed=0, splits=None, **changes):
-    return TextData(splits or made_up_splits(), make_task(), byte_tokenizer(), settings(**changes), seed)
+    return TextData(splits or made_up_splits(), make_task(), byte_tokenizer(), None, settings(**changes), seed)
 
 
 def rows(batches):
@@ -102,17 +102,17 @@ def test_splits_are_read_below_the_root(tmp_path, monkeypatch):
 def test_the_runs_seed_does_not_change_the_sentences():
     task = make_task(source=MovieReviews("rotten_tomatoes"), max_length=16)
     chosen = settings(limit=50)
-    first, second = (TextData(chosen.splits(task)[0], task, byte_tokenizer(), chosen, seed) for seed in (0, 1))
+    first, second = (TextData(chosen.splits(task)[0], task, byte_tokenizer(), None, chosen, seed) for seed in (0, 1))
     assert first.examples == second.examples
 
 
 def test_a_tokenizer_with_a_lower_limit_is_an_error():
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = 32
-    with pytest.raises(SettingError, match="this tokenizer's limit is 32") as caught:
-        TextData(made_up_splits(), make_task(max_length=33), tokenizer, settings(), 0)
+    with pytest.raises(SettingError, match="this model's limit is 32") as caught:
+        TextData(made_up_splits(), make_task(max_length=33), tokenizer, None, settings(), 0)
     assert caught.value.setting == "task.max_length"
-    TextData(made_up_splits(), make_task(max_length=32), tokenizer, settings(), 0)
+    TextData(made_up_splits(), make_task(max_length=32), tokenizer, None, settings(), 0)
 
 
 def test_the_cache_folder_may_start_with_a_tilde(tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_evaluation_pads_less_than_file_order():
 def make_lit():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     backbone = Tiny("bert", sizes, "float32", None, None, False).load(2, 0).model
-    return LitAdapted(adapt(backbone.eval()), make_task(), Optimizer(1e-3, 1e-3, 0.0, 0.0, "linear", None), 0)
+    return LitAdapted(adapt(backbone.eval()), make_task(), Optimizer(1e-3, 1e-3, 0.0, 0.0, "linear", None), 0, "")
 
 
 def alone(model, example):
@@ -315,3 +315,8 @@ def test_the_order_of_predictions_is_no_accident():
     more = {"index": torch.tensor([2, 0]), "labels": torch.tensor([20, 0])}
     merged = LitAdapted.predictions(SimpleNamespace(outputs={"test": [kept, more]}), "test")
     assert merged["labels"].tolist() == [0, 10, 20, 30]
+
+
+def test_inputs_longer_than_the_model_has_positions_for_are_an_error():
+    with pytest.raises(SettingError, match=r"task\.max_length=32: this model's limit is 16 tokens"):
+        TextData(made_up_splits(), make_task(max_length=32), byte_tokenizer(), 16, settings(), 0)

@@ -283,11 +283,6 @@ def test_a_budget_of_sites_has_no_number_of_parameters():
     assert "unspent" not in text
 
 
-def test_a_search_of_an_earlier_process_has_no_time():
-    text = shown(make_summary(seconds={"search": None, "training": 2.0}))
-    assert row(text, "search") == "in an earlier process"
-
-
 def test_the_summary_is_printed_wide_enough_for_a_folder(capsys):
     folder = "outputs/2026-01-01/12-00-00_rotten_tomatoes_spectral_s0/and/one/folder/more"
     print_summary(make_summary(folder=folder))

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from heterolora.run import RunFailed, newest_checkpoint
-from tests.jobs import CONF, StopAt, run_job
+from heterolora.run import RunFailed, newest_checkpoint, train
+from tests.jobs import CONF, StopAt, prepare, run_job
 
 pytestmark = pytest.mark.medium
 
@@ -125,6 +125,57 @@ def test_a_run_broken_off_between_epochs_resumes_to_the_same_bits(tmp_path, how)
     assert (tmp_path / "second" / "allocation.json").read_text() == (tmp_path / "whole" / "allocation.json").read_text()
 
 
+def test_a_resumed_run_does_not_search_and_refuses_another_backbone(tmp_path, monkeypatch):
+    """The allocation is the one it was trained under, whatever a search would find now."""
+    stop = [f"+callbacks.stop._target_={StopAt.__module__}.StopAt", "+callbacks.stop.epoch=1"]
+    with pytest.raises(RuntimeError, match="broken off"):
+        run_job(tmp_path / "first", *stop)
+
+    def search(*arguments, **options):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("heterolora.training.search", search)
+    with monkeypatch.context() as patch:
+        patch.setattr("heterolora.backbone.fingerprint", lambda model, without: "another")
+        with pytest.raises(RunFailed, match="other backbone weights"):
+            run_job(tmp_path / "other", "resume=true")
+    summary = run_job(tmp_path / "second", "resume=true")
+    allocation = json.loads((tmp_path / "first" / "allocation.json").read_text())
+    assert summary["parameters"]["held"] == allocation["spent"]
+    assert summary["seconds"]["search"] > 0  # of the first process
+
+
+def test_a_chain_of_resumes_keeps_all_curves_and_is_done_with_at_the_end(tmp_path):
+    def stop(epoch):
+        return [f"+callbacks.stop._target_={StopAt.__module__}.StopAt", f"+callbacks.stop.epoch={epoch}"]
+
+    for name, epoch in (("a", 1), ("b", 2)):
+        with pytest.raises(RuntimeError, match="broken off"):
+            run_job(tmp_path / name, "trainer.max_epochs=3", "resume=true", *stop(epoch))
+    run_job(tmp_path / "c", "trainer.max_epochs=3", "resume=true")
+    epochs = pd.read_csv(tmp_path / "c" / "metrics.csv").dropna(subset=["train/loss_epoch"])["epoch"]
+    assert list(epochs) == [0, 1, 2]
+    states = [json.loads((tmp_path / run / "status.json").read_text())["state"] for run in "abc"]
+    assert states == ["continued", "continued", "finished"]
+    with pytest.raises(RunFailed, match="that run is continued"):
+        run_job(tmp_path / "d", "trainer.max_epochs=3", f"resume={tmp_path}/a")
+
+
+def test_a_folder_that_holds_a_run_is_not_used_again(tmp_path):
+    run_job(tmp_path / "a", "trainer.max_steps=1", "logger=none")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    cfg = prepare(tmp_path / "a", "trainer.max_steps=1", "logger=none")
+    with pytest.raises(RunFailed, match="holds another run"):
+        train(cfg)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()} == before
+
+
+def test_a_fraction_run_can_be_repeated_from_its_file(tmp_path):
+    run_job(tmp_path / "a", "allocator=top", "budget=fraction")
+    run_job(tmp_path / "b", "allocator=fixed", f"allocator.path={tmp_path}/a/allocation.json", "budget=fraction")
+    assert same_bits(tmp_path / "a", tmp_path / "b")
+
+
 def test_resume_true_without_an_unfinished_run_starts_anew(tmp_path, caplog):
     run_job(tmp_path / "a")
     with caplog.at_level(logging.INFO):
@@ -191,7 +242,14 @@ BAD = [
     (["probe.batches=0"], r"probe\.batches=0: a whole number of at least 1"),
     (["probe.batches=1000"], r"probe\.batches=1000: the training split has \d+ batches of 8"),
     (["trainer.devices=2"], r"trainer\.devices=2: only 1"),
-    (["trainer.precision=7"], r"trainer.*precision"),
+    (["trainer.precision=7"], r"trainer\.precision=7"),
+    (["trainer.precision=16-mixed"], r"trainer\.precision=16-mixed: needs a GPU"),
+    (["seed=99999999999"], "seed=99999999999: a whole number"),
+    (["trainer.accelerator=gpu"], "trainer=.*Lightning refuses"),
+    (["search_space.include=[{kind: lora, role: [q, vv]}]"], r"search_space\.include=.*vv.*matches no site"),
+    (["adapter.scale={lora: 2, other: 3}"], r"adapter\.scale=\[.other.\]"),
+    (["task.max_length=600"], r"task\.max_length=600: this model.s limit is 512"),
+    (["data.cache_dir=/proc/nowhere"], r"data\.cache_dir=/proc/nowhere"),
     (["data.root=/nowhere"], r"data\.root=/nowhere: no such folder"),
     (["task=mrpc", "data.root=null"], r"data\.root=None: .*HETEROLORA_DATA"),
     (["search_space.include=[nope]"], r"search_space\.include=nope: matches no site; roles of kind lora: \['q'"),
@@ -225,6 +283,13 @@ def test_bad_input_gets_one_line_and_leaves_only_the_status(tmp_path, overrides,
 def test_a_list_of_options_for_one_group_is_refused(tmp_path):
     with pytest.raises(RunFailed, match=r"proxy=\[snip,grad_norm\]: one option"):
         run_job(tmp_path / "a", "proxy=[snip,grad_norm]")
+
+
+def test_a_last_step_that_diverges_leaves_no_results(tmp_path):
+    huge = ["optimizer.lr=1e20", "optimizer.head_lr=1e-3", "optimizer.warmup=0", "optimizer.clip=null"]
+    with pytest.raises(RunFailed, match=r"is not finite after training; lower optimizer\.lr"):
+        run_job(tmp_path / "a", *huge, "trainer.max_steps=1")
+    assert not (tmp_path / "a" / "adapter.safetensors").exists()
 
 
 def test_a_diverging_run_fails_and_says_what_to_change(tmp_path):

@@ -350,12 +350,11 @@ class Block(nn.Module):
 
 
 class Plain(nn.Module):
-    """No transformers model: neither config nor base_model, and a smaller list before the one that counts."""
+    """No transformers model: neither config nor base_model, and a list before the one that counts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(500), nn.LayerNorm(500)])  # more parameters, but no linear layer
-        self.small = nn.ModuleList([nn.Sequential(nn.Linear(2, 2))])
         self.blocks = nn.ModuleList([Block(4), Block(4)])
 
 
@@ -366,12 +365,28 @@ def test_any_module_with_repeated_blocks_is_surveyed():
         f"blocks.{n}.inner.{i}" for n in (0, 1) for i in (0, 2)
     ]
     assert [(site.in_features, site.out_features) for site in found.lora_sites] == [(4, 8), (8, 4)] * 2
-    assert found.parameters == 2000 + 6 + 2 * (4 * 8 + 8 + 8 * 4 + 4 + 8)
+    assert found.parameters == 2000 + 2 * (4 * 8 + 8 + 8 * 4 + 4 + 8)
 
 
 def test_a_model_without_repeated_blocks_is_refused():
-    with pytest.raises(SettingError, match=r"model=Linear: no list of repeated blocks.*give model\.layout"):
+    with pytest.raises(
+        SettingError, match=r"model=Linear: one list of repeated blocks.*there is none; give model\.layout"
+    ):
         survey(nn.Linear(3, 3))
+
+
+def test_two_stacks_of_blocks_are_refused_not_halved():
+    """An encoder-decoder whose encoder got no sites would be adapted by half, without a word."""
+    model = Plain()
+    model.decoder = nn.ModuleList([Block(4)])
+    with pytest.raises(SettingError, match=r"these have: \['blocks', 'decoder'\]"):
+        survey(model)
+
+
+@pytest.mark.parametrize("rule", [{"role": ["q", "vv"]}, {"layer": [0, 99]}, {"kind": "lora", "role": ["vv", "q"]}])
+def test_every_value_of_a_list_must_match_something(rule):
+    with pytest.raises(SettingError, match="matches no site"):
+        select(survey(distilbert(), DISTILBERT), [rule])
 
 
 def test_a_survey_leaves_the_backbone_as_it_was():

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch.nn import functional
 from heterolora.cost import AdditiveCost
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
-from heterolora.sites import Site
+from heterolora.sites import Kind, Site
 
 
 class LowRank(nn.Module):
@@ -65,6 +65,8 @@ class LoRA:
         scales = self.scale if isinstance(self.scale, Mapping) else {"scale": self.scale}
         if not scales or not all(math.isfinite(value) and value != 0 for value in scales.values()):
             raise SettingError("scale", self.scale, "a finite number other than 0")
+        if isinstance(self.scale, Mapping) and (unknown := sorted(self.scale.keys() - set(get_args(Kind)))):
+            raise SettingError("scale", unknown, f"no such kinds of site; possible: {list(get_args(Kind))}")
         if not 0 <= self.dropout < 1:
             raise SettingError("dropout", self.dropout, "a probability from 0 up to, not including, 1")
 

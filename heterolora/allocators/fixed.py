@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from heterolora.allocation import Allocation, read_ranks
-from heterolora.allocators.base import Gains, parameters_only
+from heterolora.allocators.base import Gains
 from heterolora.budget import SiteCount
 from heterolora.cost import Cost
 from heterolora.errors import SettingError
@@ -21,7 +21,7 @@ class Fixed:
 
     path: str | None
 
-    counts_sites = False
+    counts_sites = True
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -38,7 +38,6 @@ class Fixed:
 
     def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
         """The file's ranks, if they fit this space and this budget."""
-        allowed = parameters_only(budget, "fixed")
         assert self.path is not None
         try:
             read = read_ranks(Path(self.path).expanduser())
@@ -51,6 +50,15 @@ class Fixed:
         ranks = {name: read.get(name, 0) for name in groups}
         if not any(ranks.values()):
             raise SettingError("allocator.path", self.path, "gives no site any rank")
-        if (spent := cost(ranks)) > allowed:
-            raise SettingError("allocator.path", self.path, f"costs {spent} parameters, the budget is {allowed}")
-        return Allocation(ranks, spent, allowed)
+        spent, active = cost(ranks), [rank for rank in ranks.values() if rank]
+        if isinstance(budget, SiteCount):
+            if len(active) > budget.total or set(active) != {budget.rank}:
+                raise SettingError(
+                    "allocator.path",
+                    self.path,
+                    f"the budget is {budget.total} sites of rank {budget.rank}, not {active}",
+                )
+            return Allocation(ranks, spent, None)
+        if spent > budget:
+            raise SettingError("allocator.path", self.path, f"costs {spent} parameters, the budget is {budget}")
+        return Allocation(ranks, spent, budget)

@@ -12,7 +12,7 @@ from heterolora.search import SearchResult
 class AllocateRanks(L.Callback):
     """Search and enable in ``setup("fit")``: Lightning makes the optimizer after it, so that it sees the adapters.
 
-    A resumed run takes its ranks from the checkpoint instead.
+    A resumed run has none of this: its ranks come from the checkpoint.
 
     Args:
         run_search: finds the allocation, on the model where it is then.
@@ -27,7 +27,7 @@ class AllocateRanks(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Search, enable, report."""
-        if stage != "fit" or trainer.ckpt_path is not None:
+        if stage != "fit":
             return
         assert isinstance(pl_module, LitAdapted)
         pl_module.to(trainer.strategy.root_device)

@@ -45,12 +45,12 @@ class Data:
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(name, getattr(self, name), "a whole number of at least 1")
-        if self.root is not None and not Path(self.root).expanduser().is_dir():
+        if self.root and not Path(self.root).expanduser().is_dir():
             raise SettingError("root", self.root, "no such folder")
 
     def splits(self, task: Task) -> tuple[Splits, str]:
         """Read the task's data; the splits and where they came from."""
-        root = None if self.root is None else Path(self.root).expanduser()
+        root = Path(self.root).expanduser() if self.root else None  # an empty HETEROLORA_DATA is none
         labelled = task.source.read(root, task.text, task.labels)
         return make_splits(labelled, self.validation_share, self.split_seed, self.limit), labelled.origin
 
@@ -62,17 +62,23 @@ class TextData(L.LightningDataModule):
         splits: the texts.
         task: names the text columns and the length limit.
         tokenizer: the backbone's.
+        positions: tokens that the backbone can take; None: no limit.
         settings: batch sizes and the cache.
         seed: of the training order and of the batches that are scored.
     """
 
-    def __init__(self, splits: Splits, task: Task, tokenizer: Any, settings: Data, seed: int) -> None:
+    def __init__(
+        self, splits: Splits, task: Task, tokenizer: Any, positions: int | None, settings: Data, seed: int
+    ) -> None:
         super().__init__()
-        longest = min(task.max_length, tokenizer.model_max_length)
+        longest = min(tokenizer.model_max_length, positions or task.max_length)
         if longest < task.max_length:
-            raise SettingError("task.max_length", task.max_length, f"this tokenizer's limit is {longest}")
+            raise SettingError("task.max_length", task.max_length, f"this model's limit is {longest} tokens")
         cache = None if settings.cache_dir is None else Path(settings.cache_dir).expanduser()
-        self.examples = tokenise(splits.tables, tokenizer, task.text, task.max_length, cache)
+        try:
+            self.examples = tokenise(splits.tables, tokenizer, task.text, task.max_length, cache)
+        except OSError as error:
+            raise SettingError("data.cache_dir", cache, f"tokens cannot be kept there ({error})") from error
         self.settings = settings
         self.seed = seed
         self._pad = DataCollatorWithPadding(tokenizer)

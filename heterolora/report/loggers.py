@@ -20,8 +20,8 @@ class RunLogger(Protocol):
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
         """Scores and ranks of all sites, and the picture."""
 
-    def close(self, summary: Mapping[str, float]) -> None:
-        """Finish, with the final numbers if the run got so far."""
+    def close(self, summary: Mapping[str, float] | None) -> None:
+        """Finish, with the final numbers; None: the run failed. Called again after that, it does nothing."""
 
 
 class Csv:
@@ -34,7 +34,7 @@ class Csv:
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
         """Nothing more than the files."""
 
-    def close(self, summary: Mapping[str, float]) -> None:
+    def close(self, summary: Mapping[str, float] | None) -> None:
         """Lightning has written everything."""
 
 
@@ -48,7 +48,7 @@ class Silent:
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
         """Nothing."""
 
-    def close(self, summary: Mapping[str, float]) -> None:
+    def close(self, summary: Mapping[str, float] | None) -> None:
         """Nothing."""
 
 
@@ -101,10 +101,13 @@ class Wandb:
         self._logger.log_table("allocation/sites", columns=list(columns), data=[list(row) for row in rows])
         self._logger.log_image("allocation/picture", images=[str(picture)])
 
-    def close(self, summary: Mapping[str, float]) -> None:
+    def close(self, summary: Mapping[str, float] | None) -> None:
         """Finish the run, so that the next one of the same process starts its own."""
+        if self._logger is None:
+            return
+        self._logger = None
         import wandb
 
-        if wandb.run is not None:
+        if summary is not None and wandb.run is not None:
             wandb.run.summary.update(dict(summary))
-            wandb.finish()
+        wandb.finish(exit_code=int(summary is None))

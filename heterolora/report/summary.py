@@ -38,8 +38,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _duration(seconds: float | None) -> str:
-    return "in an earlier process" if seconds is None else f"{seconds:.1f} s"
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s"
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:

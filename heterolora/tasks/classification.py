@@ -44,8 +44,8 @@ class Classification:
             raise SettingError("labels", list(self.labels), "at least two classes, each named once")
         if unknown := [metric for metric in self.metrics if metric not in _METRICS]:
             raise SettingError("metrics", unknown, f"possible: {list(_METRICS)}")
-        if not self.metrics:
-            raise SettingError("metrics", [], "at least one; the first is the task's result")
+        if not self.metrics or len(set(self.metrics)) < len(self.metrics):
+            raise SettingError("metrics", [], "at least one, each named once; the first is the task's result")
         if "f1" in self.metrics and len(self.labels) != 2:
             raise SettingError("metrics", list(self.metrics), "f1 is for two classes")
         if self.max_length < 4:
