@@ -210,7 +210,7 @@ class _Run:
                 },
             )
         picture = self.folder / "allocation.png"
-        draw_allocation(space, allocation, f"{self._title()}: rank of each site", picture)
+        draw_allocation(space, allocation, self._title(), picture)
         self.parts.logger.log_allocation(_SITE_COLUMNS, rows, picture)
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
         _log.info("allocated %s parameters to %d of %d sites", spent, len(allocation.active), len(space.sites))

@@ -1,10 +1,12 @@
 """The allocation as a picture: layers across, roles down, ranks as colour and number."""
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from heterolora.allocation import Allocation
 from heterolora.report.files import write_whole
@@ -43,12 +45,12 @@ def draw_allocation(space: Space, allocation: Allocation, title: str, path: Path
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_yticks(range(len(roles)), roles)
     axes.set_xlabel("layer")
-    axes.set_title(title, fontsize=10, loc="left")
+    figure.suptitle(textwrap.fill(title, 80), fontsize=9, x=0.02, ha="left")
     for edge in range(len(layers) + 1):
         axes.axvline(edge - 0.5, color="white", linewidth=1.5)
     for edge in range(len(roles) + 1):
         axes.axhline(edge - 0.5, color="white", linewidth=1.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    figure.colorbar(image, label="rank", shrink=0.9)
+    figure.colorbar(image, label="rank", shrink=0.9, ticks=MaxNLocator(integer=True))
     write_whole(path, lambda scratch: figure.savefig(scratch, dpi=130))
