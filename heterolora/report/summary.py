@@ -12,7 +12,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     """Metrics, parameters, times and peak memory of one run."""
     table = Table(title=escape(summary["title"]), title_justify="left", show_header=False, min_width=60)
     table.add_column(style="bold")
-    table.add_column(justify="right")
+    table.add_column(justify="right", overflow="fold")
     for split in ("validation", "test"):
         for name, value in summary["metrics"][split].items():
             table.add_row(f"{split} {name}", f"{value:.4f}")
