@@ -91,15 +91,20 @@ def test_a_signal_ends_the_job_and_says_so(tmp_path, signal_name, code, moment):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # a shell that started the tests in the background made them, and so their children, deaf to SIGINT
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if sign in line:
-            break
-    time.sleep(0.5)
-    process.send_signal(getattr(signal, signal_name))
-    process.communicate(timeout=120)
+    try:
+        for line in process.stdout:
+            seen.append(line)
+            if sign in line:
+                break
+        time.sleep(0.5)
+        process.send_signal(getattr(signal, signal_name))
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == code, seen[-3:]
     (status,) = tmp_path.glob("*/*/status.json")
     assert json.loads(status.read_text())["state"] == "interrupted"
