@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 def train(outputs: Path, *arguments: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, "train.py", f"outputs={outputs}", *arguments],
+        [sys.executable, "train.py", *arguments, f"outputs={outputs}"],  # Hydra wants -m first or last
         cwd=ROOT,
         capture_output=True,
         text=True,
