@@ -111,7 +111,7 @@ class Pretrained:
                 f"holds no tokenizer for its {size} embeddings, only one of {len(tokenizer)} tokens",
             )
         other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-        inside = {f"{model.base_model_prefix}.{name}" for name, _ in model.base_model.named_parameters()}
+        inside = {name for name, _ in model.named_parameters()} - set(_outside(model))
         if wrong := sorted(other & inside):
             raise SettingError("model.path", self.path, f"weights do not fit the config: {wrong[:3]}")
         # A pooler that pretraining did not have is part of the head; anything else that lacks makes another backbone.
@@ -175,14 +175,18 @@ class Tiny:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(0)
             model = AutoModelForSequenceClassification.from_config(config).to(getattr(torch, self.dtype))
-        inside = {id(p) for p in model.base_model.parameters()}
-        head = frozenset(name for name, p in model.named_parameters() if id(p) not in inside)
-        return _finish(self, model, tokenizer, head, seed)
+        return _finish(self, model, tokenizer, frozenset(_outside(model)), seed)
+
+
+def _outside(model: Any) -> list[str]:
+    """Names of the parameters that are not the base model's: the task's head."""
+    inside = {id(p) for p in model.base_model.parameters()}
+    return [name for name, p in model.named_parameters() if id(p) not in inside]
 
 
 def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: frozenset[str], seed: int) -> Backbone:
-    inside = {id(p) for p in model.base_model.parameters()}
-    head = [name for name, p in model.named_parameters() if id(p) not in inside or name in fresh]
+    trained = fresh.union(_outside(model))
+    head = [name for name, _ in model.named_parameters() if name in trained]
     std: float = getattr(model.config, "initializer_range", getattr(model.config, "init_std", 0.02))
     for name, parameter in model.named_parameters():
         if name in fresh and parameter.dim() > 1:

@@ -80,7 +80,6 @@ class LitAdapted(L.LightningModule):
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None
-        self.strict_loading = True
         self.validation_metrics = task.make_metrics()
         self.test_metrics = task.make_metrics()
         self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {"validation": [], "test": []}
@@ -155,7 +154,7 @@ class LitAdapted(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over adapters and head; the rate changes every step."""
         adapters = list(self.model.adapters.parameters())
-        head = [p for name, p in self.model.backbone.named_parameters() if name in self.model.head]
+        head = list(self.model.head_parameters.values())
         groups = [{"params": adapters, "lr": self.settings.lr, "name": "adapters"}]
         if head:
             groups.append({"params": head, "lr": self.settings.head_lr, "name": "head"})
@@ -183,9 +182,9 @@ class LitAdapted(L.LightningModule):
             if family not in split:
                 raise KeyError(f"unknown tensor in the checkpoint: {key}")
             split[family][name] = value
-        head = dict(self.model.backbone.named_parameters())
-        if split["head"].keys() != self.model.head:
-            raise KeyError(f"head tensors differ: {sorted(split['head'].keys() ^ self.model.head)}")
+        head = self.model.head_parameters
+        if split["head"].keys() != head.keys():
+            raise KeyError(f"head tensors differ: {sorted(split['head'].keys() ^ head.keys())}")
         self.model.load_adapter_state_dict(split["adapter"])
         with torch.no_grad():
             for name, value in split["head"].items():

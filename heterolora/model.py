@@ -128,9 +128,14 @@ class AdaptedModel(nn.Module):
         return self.adapters[_key(name)]
 
     @property
+    def held(self) -> list[str]:
+        """Names of the sites that hold an adapter, in the space's order."""
+        return [name for name in self._sites if _key(name) in self.adapters]
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Rank held by each site of the space; 0: no adapter."""
-        held = {name: self.adapters[_key(name)].rank for name in self._sites if _key(name) in self.adapters}
+        held = {name: self.adapter(name).rank for name in self.held}
         return {name: int(held.get(name, 0)) for name in self._sites}  # type: ignore[arg-type]
 
     def enable(self, ranks: Mapping[str, int], seed: int) -> None:
@@ -143,7 +148,7 @@ class AdaptedModel(nn.Module):
         if unknown := ranks.keys() - self._sites.keys():
             raise KeyError(f"not in the search space: {sorted(unknown)}")
         device = next(self.backbone.parameters()).device
-        dtype = _adapter_dtype(self.backbone)
+        dtype = adapter_dtype(self.backbone)
         fresh = {
             name: self.family.build(site, ranks[name], seed).to(device=device, dtype=dtype)
             for name, site in self._sites.items()
@@ -161,7 +166,7 @@ class AdaptedModel(nn.Module):
     @contextmanager
     def swapped(self, adapters: Mapping[str, nn.Module]) -> Iterator[None]:
         """Other adapters for a while; those held before come back on exit, untouched."""
-        before, off = {name: self.adapter(name) for name, rank in self.ranks.items() if rank}, self._off
+        before, off = {name: self.adapter(name) for name in self.held}, self._off
         self._install(adapters)
         try:
             yield
@@ -172,7 +177,7 @@ class AdaptedModel(nn.Module):
     def switch_off(self, names: Iterable[str]) -> None:
         """Keep these adapters but skip them; all others that are held are on."""
         names = frozenset(names)
-        if unknown := names - {name for name, rank in self.ranks.items() if rank}:
+        if unknown := names - set(self.held):
             raise KeyError(f"no adapter is held at: {sorted(unknown)}")
         self._off = names
         self._rehook()
@@ -181,7 +186,7 @@ class AdaptedModel(nn.Module):
     def disabled(self) -> Iterator[None]:
         """The backbone's own function for a while."""
         off = self._off
-        self.switch_off(name for name, rank in self.ranks.items() if rank)
+        self.switch_off(self.held)
         try:
             yield
         finally:
@@ -195,22 +200,24 @@ class AdaptedModel(nn.Module):
     @property
     def active_parameters(self) -> int:
         """Trainable adapter parameters of the sites that are switched on."""
-        return sum(
-            p.numel() for name in self.ranks if name not in self._off and _key(name) in self.adapters
-            for p in self.adapter(name).parameters()
-        )  # fmt: skip
+        return sum(p.numel() for name in self.held if name not in self._off for p in self.adapter(name).parameters())
+
+    @property
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The backbone's parameters that are trained, by their own names."""
+        return {name: p for name, p in self.backbone.named_parameters() if name in self.head}
 
     def head_state_dict(self) -> dict[str, torch.Tensor]:
         """The trained parameters of the backbone's head, by their own names."""
-        return {name: p.detach() for name, p in self.backbone.named_parameters() if name in self.head}
+        return {name: p.detach() for name, p in self.head_parameters.items()}
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
         """``<site>.A`` ``[rank, in]`` and ``<site>.B`` ``[out, rank]`` of every site that holds an adapter."""
         return {
             f"{name}.{key}": value.detach()
-            for name, rank in self.ranks.items() if rank
+            for name in self.held
             for key, value in self.adapter(name).state_dict().items()
-        }  # fmt: skip
+        }
 
     def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Fill the held adapters.
@@ -225,10 +232,9 @@ class AdaptedModel(nn.Module):
                 f"adapter tensors differ: missing {sorted(expected - state.keys())}, "
                 f"unexpected {sorted(state.keys() - expected)}"
             )
-        for name, rank in self.ranks.items():
-            if rank:
-                keys = self.adapter(name).state_dict().keys()
-                self.adapter(name).load_state_dict({key: state[f"{name}.{key}"] for key in keys})
+        for name in self.held:
+            keys = self.adapter(name).state_dict().keys()
+            self.adapter(name).load_state_dict({key: state[f"{name}.{key}"] for key in keys})
 
     # -- observation ------------------------------------------------------------------------------------------------
 
@@ -244,7 +250,7 @@ class AdaptedModel(nn.Module):
             names: the sites to observe.
         """
         parameter = next(self.backbone.parameters())
-        zero = torch.zeros((), device=parameter.device, dtype=_adapter_dtype(self.backbone), requires_grad=True)
+        zero = torch.zeros((), device=parameter.device, dtype=adapter_dtype(self.backbone), requires_grad=True)
         self._probing = _Probing(observer, frozenset(names), zero)
         self._rehook()
         try:
@@ -395,7 +401,7 @@ def _key(name: str) -> str:
     return name.replace(".", "/")
 
 
-def _adapter_dtype(backbone: nn.Module) -> torch.dtype:
+def adapter_dtype(backbone: nn.Module) -> torch.dtype:
     """Adapters are float32 on a half-precision backbone, and as precise as the backbone otherwise."""
     dtype = next(backbone.parameters()).dtype
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 
 from heterolora.allocation import Allocation
-from heterolora.allocators.base import Allocator
+from heterolora.allocators.base import Allocator, parameters_only
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
-from heterolora.model import AdaptedModel
+from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.base import Proxy, Score, check_scores
 from heterolora.proxies.evidence import Batch, Evidence, Loss, Track, gather
 
@@ -140,9 +140,8 @@ def check_budget(allocator: Allocator, budget: int | SiteCount, model: AdaptedMo
     cheapest = min(cost({site.name: 1}) for site in model.space.sites)
     if isinstance(budget, int) and budget < cheapest:
         raise SettingError("budget", budget, f"one unit of rank at the cheapest site costs {cheapest}")
-    if isinstance(budget, SiteCount) and not allocator.counts_sites:
-        name = type(allocator).__name__.lower()
-        raise SettingError("budget", "fraction", f"counts sites, which allocator={name} cannot; use allocator=top")
+    if not allocator.counts_sites:
+        parameters_only(budget, type(allocator).__name__.lower())
 
 
 def score(
@@ -168,13 +167,12 @@ def score(
             if not batches:
                 raise SettingError("probe.batches", 0, f"proxy={name} needs batches to score")
             parameter = next(model.backbone.parameters())
-            dtype = parameter.dtype if parameter.dtype == torch.float64 else torch.float32
             for site in sites:
-                make = model.family.build if probe.init == "lora" else None
-                adapter = (
-                    make(site, probe.rank, seed) if make else model.family.probe(site, probe.rank, probe.std, seed)
-                )
-                adapters[site.name] = adapter.to(device=parameter.device, dtype=dtype)
+                if probe.init == "lora":
+                    adapter = model.family.build(site, probe.rank, seed)
+                else:
+                    adapter = model.family.probe(site, probe.rank, probe.std, seed)
+                adapters[site.name] = adapter.to(device=parameter.device, dtype=adapter_dtype(model.backbone))
             _warm_up_head(model, loss, warmup, probe, track)
             gathered = gather(
                 model, adapters, batches, loss, statistics, live=probe.live, reduction=probe.reduction, track=track
@@ -185,7 +183,7 @@ def score(
 
 
 def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], probe: Probe, track: Track) -> None:
-    head = [p for name, p in model.backbone.named_parameters() if name in model.head]
+    head = list(model.head_parameters.values())
     if not head or not probe.head_warmup_steps:
         return
     model.eval()
@@ -202,7 +200,7 @@ def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], prob
 @contextmanager
 def untouched(model: AdaptedModel) -> Iterator[None]:
     """Put back the head, gradients, train/eval modes and random state on exit, even after an error."""
-    head = {name: p for name, p in model.backbone.named_parameters() if name in model.head}
+    head = model.head_parameters
     values = {name: p.detach().clone() for name, p in head.items()}
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]

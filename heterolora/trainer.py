@@ -59,8 +59,6 @@ class TrainerSettings:
         Raises:
             SettingError: if Lightning refuses a value.
         """
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
         checkpoint = ModelCheckpoint(
             folder / "checkpoints",
             filename="epoch_{epoch}",

@@ -51,8 +51,8 @@ class Top:
         lists = [order]
         if self.mode == "separate":
             lists = [[name for name in order if groups[name] == group] for group in sorted(set(groups.values()))]
-        chosen = [name for names in lists for name in self._best(names, cost, budget, groups, gains)]
-        ranks = {name: self.rank if name in set(chosen) else 0 for name in gains}
+        chosen = {name for names in lists for name in self._best(names, cost, budget, groups, gains)}
+        ranks = {name: self.rank if name in chosen else 0 for name in gains}
         return Allocation(ranks, cost(ranks), budget if isinstance(budget, int) else None)
 
     def _best(
