@@ -43,7 +43,8 @@ class UniformRank:
 
     Args:
         rank: the rank.
-        roles: the roles; null: every linear layer of the blocks.
+        roles: the roles; null: every linear layer of the blocks. A fused layer (``qkv``) has the roles that it stands
+            for as well, and counts once.
     """
 
     rank: int
@@ -56,13 +57,14 @@ class UniformRank:
     def resolve(self, space: "Space") -> int:
         """``sum rank (in + out)`` over the backbone's linear layers of these roles."""
         sites = space.survey.lora_sites
-        existing = list(dict.fromkeys(site.role for site in sites))
+        existing = list(dict.fromkeys(role for site in sites for role in site.roles))
         roles = existing if self.roles is None else list(self.roles)
         if not roles:
             raise SettingError("budget.roles", roles, f"at least one of {existing}, or null for all")
         if unknown := [role for role in roles if role not in existing]:
             raise SettingError("budget.roles", roles, f"{unknown} not in this backbone, which has {existing}")
-        return sum(self.rank * (site.in_features + site.out_features) for site in sites if site.role in roles)
+        chosen = [site for site in sites if not set(roles).isdisjoint(site.roles)]
+        return sum(self.rank * (site.in_features + site.out_features) for site in chosen)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,33 @@ class Params:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A share of the backbone's parameters, rounded down; a task head is no part of the backbone.
+
+    Args:
+        value: the share, from above 0 to 1.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value <= 1:
+            raise SettingError("value", self.value, "a share from above 0 to 1")
+
+    def resolve(self, space: "Space") -> int:
+        """``floor(value * parameters)``."""
+        whole = space.survey.parameters
+        parameters = math.floor(_exact(self.value) * whole)
+        if parameters < 1:
+            raise SettingError("budget.value", self.value, f"less than 1 of the backbone's {whole} parameters")
+        return parameters
+
+
+@dataclass(frozen=True)
 class Fraction:
     """The paper's rule: ``floor(p n_lora) + round(p n_shortcut)`` sites of the search space, each at one rank.
+
+    Each group of the search space, whatever its label, gets its own count by this rule.
 
     Args:
         p: share of the sites, from above 0 to 1.
@@ -104,9 +131,17 @@ class Fraction:
 
     def resolve(self, space: "Space") -> SiteCount:
         """How many sites of each group (REFERENCE.md 1.6; Python's rounding, half to even, as in the paper's code)."""
-        sizes = Counter(space.groups[site.name] for site in space.sites)
-        p = Exact(str(self.p))  # the number that was written: as floats, 0.7 * 180 is below 126
-        counts = {group: math.floor(p * n) if group == "lora" else round(p * n) for group, n in sizes.items()}
+        p = _exact(self.p)
+        counts = dict.fromkeys((space.groups[site.name] for site in space.sites), 0)
+        sizes = Counter((space.groups[site.name], site.kind) for site in space.sites)
+        for (group, kind), n in sizes.items():
+            counts[group] += math.floor(p * n) if kind == "lora" else round(p * n)
         if not any(counts.values()):
-            raise SettingError("budget.p", self.p, f"no site of {dict(sizes)} would be chosen; give a larger share")
+            totals = dict(Counter(space.groups[site.name] for site in space.sites))
+            raise SettingError("budget.p", self.p, f"no site of {totals} would be chosen; give a larger share")
         return SiteCount(counts, self.rank)
+
+
+def _exact(share: float) -> Exact:
+    """The number that was written: as floats, 0.7 * 180 is below 126."""
+    return Exact(str(share))

@@ -16,11 +16,12 @@ from torch import nn
 from heterolora.adapters.base import AdapterFamily
 from heterolora.errors import SettingError
 from heterolora.layouts import HookPoint, Junction
+from heterolora.linear import frozen_weight
 from heterolora.sites import Port, Site, Tap
 from heterolora.space import Space
 
-Observer = Callable[[Site, torch.Tensor, torch.Tensor], None]
-"""Called with a site, what its source holds ``[..., in]`` and the loss gradient at its sink ``[..., out]``."""
+Observer = Callable[[Site, torch.Tensor, torch.Tensor | None], None]
+"""Called with a site, what its source holds ``[..., in]`` and the loss gradient at its sink ``[..., out]``, if any."""
 
 
 class _Run:
@@ -29,6 +30,12 @@ class _Run:
     def __init__(self) -> None:
         self.taps: dict[Tap, torch.Tensor] = {}
         self.shifts: dict[Junction, torch.Tensor] = {}
+        self.calls: dict[HookPoint, int] = {}
+
+    def count(self, point: HookPoint) -> int:
+        """How often this was asked before."""
+        self.calls[point] = self.calls.get(point, -1) + 1
+        return self.calls[point]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Run":
         return _Run()
@@ -40,6 +47,7 @@ class _Probing:
 
     observer: Observer
     names: frozenset[str]
+    backward: bool
     zero: torch.Tensor
 
 
@@ -53,12 +61,20 @@ class _Join:
 
 @dataclass
 class _Hook:
-    """Everything that happens at one point: writes first, then reads."""
+    """Everything that happens at one place of one module: writes first, then reads.
+
+    Each comes with its own point, which may mean one of the module's calls alone.
+    """
 
     model: "AdaptedModel"
     point: HookPoint
-    writes: list[_Join] = field(default_factory=list)
-    reads: list[Tap] = field(default_factory=list)
+    writes: list[tuple[HookPoint, _Join]] = field(default_factory=list)
+    reads: list[tuple[HookPoint, Tap]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it matters which call of the module this is."""
+        return any(point.call is not None for point, _ in (*self.writes, *self.reads))
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         index = self.point.index or 0
@@ -76,10 +92,14 @@ class _Hook:
         return (*output[:index], value, *output[index + 1 :]) if self.writes else None
 
     def _value(self, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor:
-        for join in self.writes:
-            value = self.model._join(join, self.point, value, own_input)
-        for tap in self.reads:
-            self.model._run.taps[tap] = value
+        run = self.model._run
+        call = run.count(self.point) if self.counts else None
+        for point, join in self.writes:
+            if point.call in (None, call):
+                value = self.model._join(join, point, value, own_input)
+        for point, tap in self.reads:
+            if point.call in (None, call):
+                run.taps[tap] = value
         return value
 
 
@@ -97,6 +117,7 @@ class AdaptedModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, space: Space, family: AdapterFamily, head: Iterable[str] = ()) -> None:
         super().__init__()
+        _refuse_compiled(backbone)
         self.backbone = backbone
         self.adapters = nn.ModuleDict()
         self.space = space
@@ -107,6 +128,7 @@ class AdaptedModel(nn.Module):
         self._run = _Run()
         self._probing: _Probing | None = None
         self._handles: list[Any] = []
+        self._hooked = 1  # how often hooks were put on
         parameters = dict(backbone.named_parameters())
         if missing := self.head - parameters.keys():
             raise KeyError(f"no such parameters in the backbone: {sorted(missing)}")
@@ -115,6 +137,8 @@ class AdaptedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The backbone's forward, with every adapter that is on."""
+        if self._hooked == 0:  # never so; but a compiled forward that has read the number is made anew when it changes
+            raise RuntimeError("not attached")
         return self.backbone(*args, **kwargs)
 
     # -- adapters ---------------------------------------------------------------------------------------------------
@@ -126,6 +150,10 @@ class AdaptedModel(nn.Module):
             KeyError: if the site holds none.
         """
         return self.adapters[_key(name)]
+
+    def active_adapter(self, name: str) -> nn.Module | None:
+        """The adapter that takes part in the forward at a site, if any."""
+        return self.adapter(name) if _key(name) in self.adapters and name not in self._off else None
 
     @property
     def held(self) -> list[str]:
@@ -236,22 +264,30 @@ class AdaptedModel(nn.Module):
             keys = self.adapter(name).state_dict().keys()
             self.adapter(name).load_state_dict({key: state[f"{name}.{key}"] for key in keys})
 
+    def frozen_weight(self, name: str) -> torch.Tensor | None:
+        """The frozen weight ``[out, in]`` that acts between a site's source and sink; None where nothing does."""
+        site = self._sites[name]
+        if not isinstance(site.sink, Port):
+            return None
+        return frozen_weight(self.backbone.get_submodule(site.sink.module))
+
     # -- observation ------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def probing(self, observer: Observer, names: Iterable[str]) -> Iterator[torch.Tensor]:
+    def probing(self, observer: Observer, names: Iterable[str], backward: bool = True) -> Iterator[torch.Tensor]:
         """Report source values and sink gradients of sites, whether they hold an adapter or not.
 
         Yields a zero that takes part in the forward: ``torch.autograd.grad(loss, zero)`` runs the backward pass that
         reaches the observer, and leaves no gradient on any parameter.
 
         Args:
-            observer: called once for each observed site in each backward pass.
+            observer: called for each observed site in each backward pass, as often as its sink was computed.
             names: the sites to observe.
+            backward: tell in the backward pass, with gradients; otherwise in the forward pass, without.
         """
         parameter = next(self.backbone.parameters())
         zero = torch.zeros((), device=parameter.device, dtype=adapter_dtype(self.backbone), requires_grad=True)
-        self._probing = _Probing(observer, frozenset(names), zero)
+        self._probing = _Probing(observer, frozenset(names), backward, zero)
         self._rehook()
         try:
             yield zero
@@ -290,6 +326,7 @@ class AdaptedModel(nn.Module):
 
     def _rehook(self) -> None:
         """Put hooks where adapters are on or observed, and nowhere else."""
+        self._hooked += 1
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -298,7 +335,8 @@ class AdaptedModel(nn.Module):
         hooks: dict[tuple[str, str, int | None], _Hook] = {}
 
         def hook_at(point: HookPoint) -> _Hook:
-            return hooks.setdefault((point.module, point.side, point.index), _Hook(self, point))
+            place = (point.module, point.side, point.index)
+            return hooks.setdefault(place, _Hook(self, HookPoint(*place)))
 
         joins: dict[Junction, _Join] = {}
         for site in live:
@@ -306,30 +344,27 @@ class AdaptedModel(nn.Module):
         # A longer delta joins after the span-1 deltas where both meet at one point (renorm acts on their sum).
         for join in sorted(joins.values(), key=lambda join: any((site.span or 0) > 1 for site in join.sites)):
             for point in join.junction.points:
-                hook_at(point).writes.append(join)
-        layout = self.space.survey.layout
+                hook_at(point).writes.append((point, join))
+        survey = self.space.survey
         for tap in dict.fromkeys(site.source for site in live if isinstance(site.source, Tap)):
-            assert layout is not None  # a space without a layout has no shortcuts
-            hook_at(layout.read(tap)).reads.append(tap)
+            point = survey.read(tap)
+            hook_at(point).reads.append((point, tap))
         for hook in hooks.values():
             module = self.backbone.get_submodule(hook.point.module)
             if hook.point.side == "pre":
                 self._handles.append(module.register_forward_pre_hook(hook.before))
             else:  # before transformers' own capturing hooks, whenever those came
                 self._handles.append(module.register_forward_hook(hook.after, prepend=True))
-        if any(isinstance(site.source, Tap) for site in live):
-            assert layout is not None
-            parent = self.backbone.get_submodule(layout.blocks[0].rpartition(".")[0].rpartition(".")[0])
+        for stream in dict.fromkeys(site.source.stream for site in live if isinstance(site.source, Tap)):
+            parent = self.backbone.get_submodule(survey.stacks[stream].root)
             self._handles.append(parent.register_forward_pre_hook(self._begin))
             self._handles.append(parent.register_forward_hook(self._end))
 
     def _junction(self, site: Site) -> Junction:
         if isinstance(site.sink, Port):
             return Junction((HookPoint(site.sink.module, "post", None),))
-        layout, span = self.space.survey.layout, site.span
-        assert layout is not None  # taps come from a layout
-        assert span is not None
-        junction = layout.write(site.sink, span)
+        span = site.span or 0
+        junction = self.space.survey.write(site.sink, span)
         return junction if self.space.renorm and span > 1 else Junction(junction.points)
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -354,9 +389,8 @@ class AdaptedModel(nn.Module):
             return value + self._run.shifts.pop(join.junction).reshape(value.shape)
         delta: torch.Tensor | None = None
         for site in join.sites:
-            if _key(site.name) in self.adapters and site.name not in self._off:
-                source = self._source(site, own_input)
-                part: torch.Tensor = self.adapters[_key(site.name)](source).reshape(value.shape)
+            if (adapter := self.active_adapter(site.name)) is not None:
+                part: torch.Tensor = adapter(self._source(site, own_input)).reshape(value.shape)
                 delta = part if delta is None else delta + part
         renorm = join.junction.norm is not None and delta is not None
         shift = None if delta is None else delta.to(value.dtype)
@@ -386,6 +420,10 @@ class AdaptedModel(nn.Module):
         observer = self._probing.observer
         zero = self._probing.zero.to(value.dtype).expand(value.shape)
         sources = [(site, self._source(site, own_input).detach()) for site in sites]
+        if not self._probing.backward:
+            for site, source in sources:
+                observer(site, source, None)
+            return zero.detach()
 
         def tell(gradient: torch.Tensor) -> None:
             for site, source in sources:
@@ -394,6 +432,17 @@ class AdaptedModel(nn.Module):
         if zero.requires_grad:  # not under no_grad
             zero.register_hook(tell)  # type: ignore[no-untyped-call]
         return zero
+
+
+def _refuse_compiled(backbone: nn.Module) -> None:
+    """Hooks that are put on after a compilation are ignored without a word."""
+    compiled = [name for name, module in backbone.named_modules() if module._compiled_call_impl is not None]
+    if compiled or isinstance(backbone, torch._dynamo.OptimizedModule):
+        raise SettingError(
+            "model",
+            type(backbone).__name__,
+            "is compiled, and would ignore hooks; attach first, then compile the result",
+        )
 
 
 def _key(name: str) -> str:

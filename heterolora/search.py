@@ -19,7 +19,7 @@ from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.base import Proxy, Score, check_scores
-from heterolora.proxies.evidence import Batch, Evidence, Loss, Track, gather
+from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Track, gather
 
 
 @dataclass(frozen=True)
@@ -157,29 +157,53 @@ def score(
     track: Track = untracked,
 ) -> Mapping[str, Score]:
     """Scores of all sites of the model's space; see ``search``."""
-    sites = model.space.sites
     name = proxy_name or type(proxy).__name__.lower()
-    statistics = proxy.statistics
+    return score_all(model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track)[name]
+
+
+def score_all(
+    model: AdaptedModel,
+    loss: Loss,
+    batches: Sequence[Batch],
+    warmup: Iterable[Batch],
+    *,
+    proxies: Mapping[str, Proxy],
+    probe: Probe,
+    seed: int,
+    track: Track = untracked,
+) -> dict[str, Mapping[str, Score]]:
+    """Scores by several proxies, from one pass over the batches for all that share it; see ``search``."""
+    sites = model.space.sites
+    statistics = tuple(statistic for proxy in proxies.values() for statistic in proxy.statistics)
+    found = {}
     with untouched(model):
-        adapters: dict[str, Any] = {}
+        adapters = _probe_adapters(model, probe, seed)
+        bench = Bench(model, batches, loss, probe.live, probe.reduction, track)
         gathered: Mapping[Any, Any] = {}
         if statistics:
             if not batches:
-                raise SettingError("probe.batches", 0, f"proxy={name} needs batches to score")
-            parameter = next(model.backbone.parameters())
-            for site in sites:
-                if probe.init == "lora":
-                    adapter = model.family.build(site, probe.rank, seed)
-                else:
-                    adapter = model.family.probe(site, probe.rank, probe.std, seed)
-                adapters[site.name] = adapter.to(device=parameter.device, dtype=adapter_dtype(model.backbone))
+                needing = [name for name, proxy in proxies.items() if proxy.statistics]
+                raise SettingError("probe.batches", 0, f"proxy={','.join(needing)} needs batches to score")
             _warm_up_head(model, loss, warmup, probe, track)
-            gathered = gather(
-                model, adapters, batches, loss, statistics, live=probe.live, reduction=probe.reduction, track=track
-            )
-        scores = proxy.score(Evidence(sites, adapters, gathered, seed))
-    check_scores(name, proxy, scores, [site.name for site in sites])
-    return scores
+            gathered = gather(bench, adapters, statistics)
+        evidence = Evidence(sites, adapters, gathered, model.space.families, bench, seed)
+        for name, proxy in proxies.items():
+            model.eval()
+            found[name] = proxy.score(evidence)
+            check_scores(name, proxy, found[name], [site.name for site in sites])
+    return found
+
+
+def _probe_adapters(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, Any]:
+    device, dtype = next(model.backbone.parameters()).device, adapter_dtype(model.backbone)
+    adapters = {}
+    for site in model.space.sites:
+        if probe.init == "lora":
+            adapter = model.family.build(site, probe.rank, seed)
+        else:
+            adapter = model.family.probe(site, probe.rank, probe.std, seed)
+        adapters[site.name] = adapter.to(device=device, dtype=dtype)
+    return adapters
 
 
 def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], probe: Probe, track: Track) -> None:

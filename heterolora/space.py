@@ -2,28 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from heterolora.errors import SettingError
-from heterolora.layouts import BoundLayout, HookPoint, Layout, check_layout, find_layout
-from heterolora.sites import Port, Site, Tap
+from heterolora.layouts import HookPoint, Junction, Layout, Stack, find_layouts, mismatch
+from heterolora.linear import features
+from heterolora.sites import Port, Site, Tap, site_name
 
-_KEYS = ("kind", "role", "layer", "span")
-
-
-def features(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear layer of any make; None if the module is no linear layer.
-
-    Read from the module, not from the config: widths differ by layer in some models. ``nx`` and ``nf`` are the names
-    that ``Conv1D`` uses.
-    """
-    for names in (("in_features", "out_features"), ("nx", "nf")):
-        width = tuple(getattr(module, name, None) for name in names)
-        if isinstance(width[0], int) and isinstance(width[1], int):
-            return width[0], width[1]
-    return None
+_KEYS = ("kind", "role", "layer", "span", "stream")
 
 
 @dataclass(frozen=True)
@@ -33,33 +21,54 @@ class Survey:
     Attributes:
         model_type: the backbone's ``config.model_type``.
         lora_sites: every LoRA site of the repeated blocks.
-        layout: taps and blocks; None for a type that the layout table does not list.
-        width: width of the residual stream.
-        parameters: parameters of the backbone.
+        stacks: the stacks of blocks, by the name of their residual stream.
+        widths: width of each residual stream.
+        parameters: parameters of the backbone, without the task's head.
+        no_shortcuts: why the backbone can have no shortcuts; None: it can.
     """
 
     model_type: str
     lora_sites: tuple[Site, ...]
-    layout: BoundLayout | None
-    width: int
+    stacks: Mapping[str, Stack]
+    widths: Mapping[str, int]
     parameters: int
+    no_shortcuts: str | None
 
     def shortcut_sites(self, spans: Sequence[int]) -> tuple[Site, ...]:
-        """Every shortcut of the given spans; empty where the layout is not known."""
-        if self.layout is None:
+        """Every shortcut of the given spans, none of them between two streams; empty where there can be none."""
+        if self.no_shortcuts is not None:
             return ()
-        taps = self.layout.num_taps
-        sites = []
-        for span in spans:
-            for start in range(taps - span):
-                end = start + span
-                if self.layout.has_tap(start) and self.layout.has_tap(end):
-                    stem = "residual" if span == 1 else "shortcut"
-                    role = f"{stem}_{'ffn' if start % 2 else 'attn'}"
-                    layer = (end - 1) // 2
-                    name = f"{layer}.{role}" + (f"_s{span}" if span > 2 else "")
-                    sites.append(Site(name, "shortcut", role, layer, Tap(start), Tap(end), self.width, self.width))
-        return tuple(sites)
+        return tuple(
+            self._shortcut(stack, start, start + span)
+            for stack in self.stacks.values()
+            for span in spans
+            for start in range(stack.num_taps - span)
+            if stack.has_tap(start) and stack.has_tap(start + span)
+        )
+
+    def _shortcut(self, stack: Stack, start: int, end: int) -> Site:
+        span, layer, stream = end - start, (end - 1) // 2, stack.stream
+        role = f"{'residual' if span == 1 else 'shortcut'}_{'ffn' if start % 2 else 'attn'}"
+        width = self.widths[stream]
+        source, sink = Tap(start, stream), Tap(end, stream)
+        return Site(site_name(stream, layer, role, span), "shortcut", role, layer, source, sink, width, width, stream)
+
+    def depth(self, stream: str) -> int:
+        """Number of layers of a stream."""
+        return len(self.stacks[stream].blocks)
+
+    @property
+    def deepest(self) -> int:
+        """Number of layers of the deepest stream."""
+        return max(map(self.depth, self.stacks))
+
+    def read(self, tap: Tap) -> HookPoint:
+        """Where a tap's value is seen."""
+        return self.stacks[tap.stream].read(tap)
+
+    def write(self, tap: Tap, span: int) -> Junction:
+        """Where a delta of this span joins a tap."""
+        return self.stacks[tap.stream].write(tap, span)
 
 
 def survey(backbone: nn.Module, layout: Layout | None = None) -> Survey:
@@ -70,41 +79,82 @@ def survey(backbone: nn.Module, layout: Layout | None = None) -> Survey:
         layout: where things are, for an architecture that the table does not list or to override it.
 
     Raises:
-        SettingError: if the layout names modules that are not there, or no repeated blocks are found.
+        SettingError: if the layout names modules that are not there, no repeated blocks are found, or the config makes
+            hooks miss linear layers.
     """
     config = getattr(backbone, "config", None)
     model_type = str(getattr(config, "model_type", type(backbone).__name__))
     base = getattr(backbone, "base_model", backbone)
     prefix = next((name for name, module in backbone.named_modules() if module is base), "")
-    if layout is None:
-        layout = find_layout(config)
+    layouts = find_layouts(config) if layout is None else (layout,)
+    for entry in layouts:
+        if wrong := mismatch(entry.requires, config):
+            raise SettingError("model", f"{model_type} with {wrong}", f"hooks need {dict(entry.requires)}")
+    if layouts:
+        stacks = [_stack(base, prefix, entry, config) for entry in _present(base, layouts)]
     else:
-        check_layout(layout, config)
-    if layout is None:
-        blocks_path, blocks = _repeated_blocks(base, model_type)
-        roles = None
-    else:
-        blocks_path, blocks = layout.blocks, _submodule(base, layout.blocks)
-        roles = {path: role for role, path in layout.roles.items()}
+        path, blocks = _repeated_blocks(base, model_type)
+        stacks = [_make_stack(prefix, path, [str(index) for index in range(len(blocks))], None, "")]
+    sites = [site for stack in stacks for site in _lora_sites(backbone, stack)]
+    for stack in stacks:
+        _check_points(backbone, stack)
+    return Survey(
+        model_type,
+        tuple(sites),
+        {stack.stream: stack for stack in stacks},
+        {stack.stream: _stream_width(sites, stack) for stack in stacks},
+        sum(parameter.numel() for parameter in base.parameters()),
+        _no_shortcuts(model_type, layouts, config),
+    )
+
+
+def _no_shortcuts(model_type: str, layouts: Sequence[Layout], config: Any) -> str | None:
+    if not layouts:
+        return f"model type {model_type!r} has no layout entry, and shortcuts need one: give model.layout"
+    for entry in layouts:
+        if wrong := mismatch(entry.shortcuts_require, config):
+            return f"with {wrong} this backbone can have no shortcuts, they need {dict(entry.shortcuts_require)}"
+    return None
+
+
+def _present(base: nn.Module, layouts: Sequence[Layout]) -> list[Layout]:
+    """Of several streams, those that this class of model has (an encoder alone, for instance)."""
+    modules = dict(base.named_modules())
+    return [entry for entry in layouts if entry.blocks in modules] or list(layouts)
+
+
+def _stack(base: nn.Module, prefix: str, layout: Layout, config: Any) -> Stack:
+    blocks = _submodule(base, layout.blocks)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential):
-        raise SettingError("model.layout", blocks_path, "no list of blocks")
-    root = ".".join(part for part in (prefix, blocks_path) if part)
-    paths = tuple(f"{root}.{index}" for index in range(len(blocks)))
-    sites = [
-        Site(f"{layer}.{role}", "lora", role, layer, Port(path, "in"), Port(path, "out"), *width)
-        for layer, block in enumerate(blocks.children())
-        for role, path, width in _linears(block, paths[layer], roles)
-    ]
-    bound = None if layout is None else BoundLayout(layout, paths)
-    if bound is not None:
-        _check_points(backbone, bound)
-    width = sites[0].in_features if bound is None else _stream_width(sites, bound)
-    return Survey(model_type, tuple(sites), bound, width, sum(p.numel() for p in backbone.parameters()))
+        raise SettingError("model.layout", layout.blocks, "no list of blocks")
+    order = [str(index) for index in range(len(blocks))] if layout.order is None else layout.order(config)
+    return _make_stack(prefix, layout.blocks, order, layout, layout.stream)
 
 
-def _check_points(backbone: nn.Module, bound: BoundLayout) -> None:
+def _make_stack(prefix: str, path: str, order: Sequence[str], layout: Layout | None, stream: str) -> Stack:
+    absolute = ".".join(part for part in (prefix, path) if part)
+    return Stack(absolute.rpartition(".")[0], tuple(f"{absolute}.{part}" for part in order), layout, stream)
+
+
+def _lora_sites(backbone: nn.Module, stack: Stack) -> list[Site]:
+    roles = None if stack.layout is None else {path: role for role, path in stack.layout.roles.items()}
+    sites, seen = [], set()
+    for layer, block in enumerate(stack.blocks):
+        if block in seen:
+            continue
+        seen.add(block)
+        for role, path, width in _linears(_submodule(backbone, block), block, roles):
+            name = site_name(stack.stream, layer, role)
+            source, sink = Port(path, "in"), Port(path, "out")
+            sites.append(Site(name, "lora", role, layer, source, sink, *width, stack.stream))
+    return sites
+
+
+def _check_points(backbone: nn.Module, stack: Stack) -> None:
     """Refuse a layout whose hook points or norms name no module of the first block."""
-    layout, block = bound.layout, bound.blocks[0]
+    layout, block = stack.layout, stack.blocks[0]
+    if layout is None:
+        return
     texts = (layout.middle, *layout.middle_sum, *layout.middle_add, *layout.out_sum, *layout.out_add)
     paths = [HookPoint.parse(text, block).module for text in texts if text is not None]
     paths += [f"{block}.{norm}" for norm in (layout.middle_norm, layout.out_norm) if norm is not None]
@@ -133,9 +183,9 @@ def _linears(block: nn.Module, path: str, roles: Mapping[str, str] | None) -> li
     return linears
 
 
-def _repeated_blocks(base: nn.Module, model_type: str) -> tuple[str, nn.Module]:
+def _repeated_blocks(base: nn.Module, model_type: str) -> tuple[str, nn.ModuleList]:
     """The one list of modules of one class that hold linear layers; lists inside its blocks do not count."""
-    found: dict[str, nn.Module] = {}
+    found: dict[str, nn.ModuleList] = {}
     for name, module in base.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{other}.") for other in found):
             continue
@@ -149,24 +199,24 @@ def _repeated_blocks(base: nn.Module, model_type: str) -> tuple[str, nn.Module]:
     return next(iter(found.items()))
 
 
-def _stream_width(sites: Sequence[Site], layout: BoundLayout) -> int:
+def _stream_width(sites: Sequence[Site], stack: Stack) -> int:
     """Width of the residual stream: what the attention reads (q, or a fused qkv), in the first block."""
-    first = {site.role: site for site in sites if site.layer == 0}
-    for role in ("q", "qkv"):
-        if role in first:
-            return first[role].in_features
-    raise SettingError(
-        "model.layout", dict(layout.layout.roles), "a role q or qkv is needed to know the stream's width"
-    )
+    first = [site for site in sites if site.layer == 0 and site.stream == stack.stream]
+    if stack.layout is None:
+        return first[0].in_features
+    for site in first:
+        if "q" in site.roles:
+            return site.in_features
+    raise SettingError("model.layout", dict(stack.layout.roles), "a role q or qkv is needed to know the stream's width")
 
 
 @dataclass(frozen=True)
 class Space:
-    """The sites that compete for a budget, in a fixed order, and the family each belongs to.
+    """The sites that compete for a budget, in a fixed order, and the group each belongs to.
 
     Attributes:
         sites: the candidates.
-        groups: site name -> label of its family; the only thing an allocator may know about kinds.
+        groups: site name -> label of its group; the only thing an allocator may know about kinds.
         survey: the backbone they were found in.
         renorm: apply the block's norm again after an add of span 2 or more (the paper's rule, around enabled sites).
     """
@@ -175,6 +225,11 @@ class Space:
     groups: Mapping[str, str]
     survey: Survey
     renorm: bool
+
+    @property
+    def families(self) -> dict[str, str]:
+        """Site name -> what it has in common with sites of other layers."""
+        return {site.name: site.label for site in self.sites}
 
     def __getitem__(self, name: str) -> Site:
         """The site of this name."""
@@ -189,7 +244,8 @@ class SearchSpace:
     """Rules that select sites.
 
     A rule is a role or a kind (``q``, ``shortcut_attn``, ``lora``, ``shortcut``), or a mapping with some of the keys
-    ``kind``, ``role``, ``layer``, ``span``, each one value or a list of values; layers may count from the end (-1).
+    ``kind``, ``role``, ``layer``, ``span``, ``stream``, each one value or a list of values; layers may count from the
+    end (-1). A fused layer matches the roles that it plays: ``q`` means ``qkv`` where there is no q of its own.
 
     Args:
         include: a site takes part if one of these rules matches it.
@@ -198,6 +254,7 @@ class SearchSpace:
         spans: lengths of the shortcuts, in sub-layers.
         renorm: apply the block's norm a second time after every add of span 2 or more around an enabled shortcut, as
             the paper does. The adapted model then no longer equals the backbone at step 0.
+        group_by: what makes sites one group for allocators that treat groups apart.
     """
 
     include: Sequence[str | Mapping[str, Any]]
@@ -205,6 +262,7 @@ class SearchSpace:
     layers: Sequence[int] | None
     spans: Sequence[int]
     renorm: bool
+    group_by: Literal["kind", "role", "layer"]
 
     def resolve(self, found: Survey) -> Space:
         """The sites of this backbone that take part.
@@ -212,33 +270,39 @@ class SearchSpace:
         Raises:
             SettingError: if a rule matches nothing, or the layout does not know what is asked for.
         """
-        depth = 1 + max(site.layer for site in found.lora_sites)
-        longest = 2 * depth
+        longest = 2 * found.deepest
         for span in self.spans:
             if not 1 <= span <= longest:
                 raise SettingError("search_space.spans", list(self.spans), f"spans from 1 to {longest} exist")
         everything = (*found.lora_sites, *found.shortcut_sites(sorted(set(self.spans))))
-        if self.layers is not None and not self.layers:
-            raise SettingError("search_space.layers", [], "at least one layer, or null for all")
-        layers = None if self.layers is None else {self._layer(layer, depth) for layer in self.layers}
-        in_layers = [site for site in everything if layers is None or site.layer in layers]
-        chosen = self._matching("include", self.include, in_layers, found, depth)
-        dropped = self._matching("exclude", self.exclude, in_layers, found, depth)
+        in_layers = self._in_layers(everything, found)
+        chosen = self._matching("include", self.include, in_layers, found)
+        dropped = self._matching("exclude", self.exclude, in_layers, found)
         order = {site.name: number for number, site in enumerate(in_layers)}
-        sites = sorted((in_layers[order[name]] for name in chosen - dropped), key=lambda s: (s.layer, order[s.name]))
+        streams = list(found.stacks)
+        sites = sorted(
+            (in_layers[order[name]] for name in chosen - dropped),
+            key=lambda site: (streams.index(site.stream), site.layer, order[site.name]),
+        )
         if not sites:
             raise SettingError("search_space.include", list(self.include), "no site is left after exclude")
         if self.renorm:
             self._check_renorm(sites, found)
-        return Space(tuple(sites), {site.name: site.kind for site in sites}, found, self.renorm)
+        groups = {site.name: str(getattr(site, self.group_by)) for site in sites}
+        return Space(tuple(sites), groups, found, self.renorm)
 
-    def _layer(self, layer: int, depth: int) -> int:
-        if not -depth <= layer < depth:
-            raise SettingError("search_space.layers", self.layers, f"layers 0 to {depth - 1} exist")
-        return layer % depth
+    def _in_layers(self, sites: Sequence[Site], found: Survey) -> list[Site]:
+        if self.layers is None:
+            return list(sites)
+        if not self.layers:
+            raise SettingError("search_space.layers", [], "at least one layer, or null for all")
+        for layer in self.layers:
+            if not -found.deepest <= layer < found.deepest:
+                raise SettingError("search_space.layers", self.layers, f"layers 0 to {found.deepest - 1} exist")
+        return [site for site in sites if _is_layer(site, self.layers, found)]
 
     def _matching(
-        self, setting: str, rules: Sequence[str | Mapping[str, Any]], sites: Sequence[Site], found: Survey, depth: int
+        self, setting: str, rules: Sequence[str | Mapping[str, Any]], sites: Sequence[Site], found: Survey
     ) -> set[str]:
         names: set[str] = set()
         for rule in rules:
@@ -247,18 +311,15 @@ class SearchSpace:
                     f"search_space.{setting}", rule, f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}"
                 )
             for part in _parts(rule):
-                matched = {site.name for site in sites if _matches(part, site, depth)}
+                matched = {site.name for site in sites if _matches(part, site, found)}
                 if not matched:
                     raise SettingError(f"search_space.{setting}", part, f"matches no site; {_existing(sites, found)}")
-                names |= matched & {site.name for site in sites if _matches(rule, site, depth)}
+                names |= matched & {site.name for site in sites if _matches(rule, site, found)}
         return names
 
     def _check_renorm(self, sites: Sequence[Site], found: Survey) -> None:
-        layout = found.layout
         for site in sites:
-            if layout is None or not isinstance(site.sink, Tap) or (site.span or 0) < 2:
-                continue
-            if layout.write(site.sink, site.span or 0).norm is None:
+            if isinstance(site.sink, Tap) and (site.span or 0) > 1 and found.write(site.sink, 2).norm is None:
                 raise SettingError(
                     "search_space.renorm", True, f"the layout of {found.model_type} names no norm for it; use false"
                 )
@@ -272,16 +333,23 @@ def _parts(rule: str | Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
     return [{**rule, key: [value]} for key, values in lists.items() for value in values] or [rule]
 
 
-def _matches(rule: str | Mapping[str, Any], site: Site, depth: int) -> bool:
+def _matches(rule: str | Mapping[str, Any], site: Site, found: Survey) -> bool:
     if isinstance(rule, str):
-        return rule in (site.role, site.kind)
+        return rule in (*site.roles, site.kind)
     for key, wanted in rule.items():
         values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
         if key == "layer":
-            values = [value + depth if isinstance(value, int) and value < 0 else value for value in values]
-        if getattr(site, key) not in values:
+            fits = _is_layer(site, values, found)
+        else:
+            fits = any(value in values for value in (site.roles if key == "role" else (getattr(site, key),)))
+        if not fits:
             return False
     return True
+
+
+def _is_layer(site: Site, layers: Sequence[Any], found: Survey) -> bool:
+    """Whether the site is in one of these layers, which may count from the end of its own stream."""
+    return site.layer in layers or site.layer - found.depth(site.stream) in layers
 
 
 def _existing(sites: Sequence[Site], found: Survey) -> str:
@@ -292,6 +360,8 @@ def _existing(sites: Sequence[Site], found: Survey) -> str:
     text += (
         f", layers {sorted({site.layer for site in sites})}, spans {sorted({site.span for site in sites if site.span})}"
     )
-    if found.layout is None:
-        text += f" (model type {found.model_type!r} has no layout entry, and shortcuts need one: give model.layout)"
+    if any(found.stacks):
+        text += f", streams {list(found.stacks)}"
+    if found.no_shortcuts is not None:
+        text += f" ({found.no_shortcuts})"
     return text

@@ -57,8 +57,9 @@ def adapted(backbone):
 
 def adapt(backbone, include=("lora", "shortcut"), spans=(1, 2, 3, 4), renorm=False, scale=2.0) -> AdaptedModel:
     """An adapted model, in the backbone's own mode."""
-    space = SearchSpace(list(include), [], None, list(spans), renorm).resolve(survey(backbone))
-    head = [name for name, _ in backbone.named_parameters() if name.split(".")[0] in ("classifier", "score")]
+    space = SearchSpace(list(include), [], None, list(spans), renorm, "kind").resolve(survey(backbone))
+    inside = {id(p) for p in backbone.base_model.parameters()}
+    head = [name for name, p in backbone.named_parameters() if id(p) not in inside]
     model = AdaptedModel(backbone, space, LoRA("constant", scale, 0.0), head)
     return model.train(backbone.training)
 
@@ -69,3 +70,9 @@ def randomise(model: AdaptedModel, seed: int = 0, std: float = 0.2) -> None:
     with torch.no_grad():
         for parameter in model.adapters.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * std)
+
+
+def some_sites(model: AdaptedModel) -> tuple[str, str, str]:
+    """Two LoRA sites and a shortcut of span 2, whatever this architecture calls them."""
+    lora = [site.name for site in model.space.sites if site.kind == "lora"]
+    return lora[0], lora[1], next(site.name for site in model.space.sites if site.span == 2)

@@ -1,6 +1,7 @@
 """The budget contract: a new budget joins it by one line of ``BUDGETS`` and its file in ``conf/budget``."""
 
 import math
+from dataclasses import replace
 from fractions import Fraction as Exact
 from functools import cache
 
@@ -11,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterolora.budget import Fraction, Params, SiteCount, UniformRank
+from heterolora.budget import Fraction, Params, Share, SiteCount, UniformRank
 from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.sites import Port, Site
@@ -23,18 +24,43 @@ PROPERTY = settings(max_examples=40, deadline=None, derandomize=True, database=N
 
 FILES = sorted((ROOT / "conf" / "budget").glob("*.yaml"))
 
-LAYERS = 3
-WIDTHS = {  # in + out of each role's linear layer, by hand from tests/architectures.py
-    "bert": {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80},
-    "opt_pre": {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80},
-    "opt_post": {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80},
-    # 4 heads of width 12, 2 for keys and values
-    "llama": {"q": 32 + 48, "k": 32 + 24, "v": 32 + 24, "o": 48 + 32, "gate": 80, "up": 80, "down": 80},
+
+def times(modules: int, **widths: int) -> dict[str, int]:
+    """in + out of a role's linear layers, summed over so many modules."""
+    return {role: modules * width for role, width in widths.items()}
+
+
+# By hand from tests/architectures.py: hidden size 32, inner size 48, four heads, three layers.
+SQUARE = {"q": 64, "k": 64, "v": 64, "o": 64, "up": 80, "down": 80}
+# 4 heads of width 12, 2 for keys and values
+GROUPED = times(3, q=32 + 48, k=32 + 24, v=32 + 24, o=48 + 32, gate=80, up=80, down=80)
+HALVED = times(3, q=64, k=32 + 16, v=32 + 16, o=64, gate=80, up=80, down=80)  # 2 of 4 heads for keys and values
+FUSED = times(3, qkv=32 + 96, o=64, up=80, down=80)
+WIDE = times(3, o=64, up=32 + 128, down=128 + 32)  # an inner size of four times the hidden size
+# three encoder blocks, two decoder blocks, 4 heads of width 12
+T5 = times(5, q=80, k=80, v=80, o=80, up=80, down=80) | times(2, cross_q=80, cross_k=80, cross_v=80, cross_o=80)
+WIDTHS = {
+    **dict.fromkeys(
+        ("bert", "roberta", "electra", "deberta_v2", "distilbert", "opt_pre", "opt_post", "phi", "gptj"),
+        times(3, **SQUARE),
+    ),
+    "albert": times(1, **SQUARE),  # all layers share their modules
+    "albert_groups": times(2 * 2, **SQUARE),
+    **dict.fromkeys(("llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text"), GROUPED),
+    "qwen2": HALVED,
+    "olmo2": HALVED,
+    "phi3": times(3, qkv=32 + 32 + 16 + 16, o=64, gate_up=32 + 96, down=80),
+    **dict.fromkeys(("gpt2", "gpt_neox", "gpt_neox_sequential"), FUSED),
+    **dict.fromkeys(("bloom", "bloom_normed", "falcon_sequential"), times(3, qkv=32 + 96) | WIDE),
+    "falcon": times(3, qkv=32 + 32 + 8 + 8) | WIDE,  # one head for keys and values
+    "falcon_new": times(3, qkv=32 + 32 + 16 + 16) | WIDE,
+    "t5": T5,
+    "t5_gated": T5 | times(5, gate=80),
 }
-BUDGETS = {  # name: (budget, what it resolves to, given the widths of the roles)
-    "uniform": (UniformRank(3, ["q", "v"]), lambda widths: 3 * LAYERS * (widths["q"] + widths["v"])),
-    "uniform everywhere": (UniformRank(2, None), lambda widths: 2 * LAYERS * sum(widths.values())),
-    "uniform, a role twice": (UniformRank(1, ["o", "o"]), lambda widths: LAYERS * widths["o"]),
+BUDGETS = {  # name: (budget, what it resolves to, given the widths of the roles; a fused qkv is both q and v)
+    "uniform": (UniformRank(3, ["q", "v"]), lambda widths: 3 * sum(widths.get(role, 0) for role in ("q", "v", "qkv"))),
+    "uniform everywhere": (UniformRank(2, None), lambda widths: 2 * sum(widths.values())),
+    "uniform, a role twice": (UniformRank(1, ["o", "o"]), lambda widths: widths["o"]),
     "params": (Params(1234), lambda widths: 1234),
 }
 
@@ -45,14 +71,20 @@ def surveyed(architecture: str) -> Survey:
 
 
 def space(architecture: str, *include) -> Space:
-    return SearchSpace(include or ("lora", "shortcut"), [], None, [1, 2], False).resolve(surveyed(architecture))
+    rules = SearchSpace(include or ("lora", "shortcut"), [], None, [1, 2], False, "kind")
+    return rules.resolve(surveyed(architecture))
 
 
 def counted(lora: int, shortcut: int) -> Space:
     """A space of so many sites of each kind."""
     sites = [Site(f"l{n}", "lora", "q", 0, Port("m", "in"), Port("m", "out"), 4, 4) for n in range(lora)]
     sites += [Site(f"s{n}", "shortcut", "x", 0, Port("m", "in"), Port("m", "out"), 4, 4) for n in range(shortcut)]
-    return Space(tuple(sites), {site.name: site.kind for site in sites}, Survey("none", (), None, 4, 0), False)
+    return Space(tuple(sites), {site.name: site.kind for site in sites}, backbone(0), False)
+
+
+def backbone(parameters: int) -> Survey:
+    """A backbone of so many parameters, of which nothing else is known."""
+    return Survey("none", (), {}, {"": 4}, parameters, None)
 
 
 # -- the contract ------------------------------------------------------------------------------------------------------
@@ -80,7 +112,7 @@ def test_every_option_resolves_to_something_on_every_architecture(architecture, 
 
 
 def test_there_are_options():
-    assert {"qv_r8", "qv_r2", "all_r2", "params", "fraction"} <= {path.stem for path in FILES}
+    assert {"qv_r8", "qv_r2", "all_r2", "params", "share", "fraction"} <= {path.stem for path in FILES}
 
 
 # -- uniform rank ------------------------------------------------------------------------------------------------------
@@ -94,7 +126,7 @@ def minilm() -> Space:
     )
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-    return SearchSpace(["lora"], [], None, [1, 2], False).resolve(survey(model))
+    return SearchSpace(["lora"], [], None, [1, 2], False, "kind").resolve(survey(model))
 
 
 @pytest.mark.parametrize(
@@ -129,6 +161,55 @@ def test_roles_are_a_list():
     # "qv" is a sequence of two roles to Python, not to a user.
     with pytest.raises(SettingError, match=r"budget\.roles=qv"):
         build({"_target_": "heterolora.budget.UniformRank", "rank": 8, "roles": "qv"}, "budget")
+
+
+@pytest.mark.parametrize(
+    ("roles", "expected"),
+    [
+        (["q"], 3 * 96),  # phi3: qkv, once a layer
+        (["q", "v"], 3 * 96),
+        (["qkv", "k"], 3 * 96),
+        (["gate"], 3 * 128),
+        (["up", "o"], 3 * (128 + 64)),
+    ],
+)
+def test_a_fused_layer_stands_for_its_roles_and_counts_once(roles, expected):
+    assert UniformRank(1, roles).resolve(space("phi3")) == expected
+
+
+def test_the_roles_that_a_fused_layer_stands_for_are_named_too():
+    with pytest.raises(
+        SettingError, match=r"\['query'\] not in .*\['qkv', 'q', 'k', 'v', 'o', 'gate_up', 'gate', 'up'"
+    ):
+        UniformRank(1, ["query"]).resolve(space("phi3"))
+
+
+# -- a share of the parameters -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "parameters", "expected"),
+    [
+        (0.005, 22_713_216, 113_566),  # 113,566.08
+        (0.29, 100, 29),  # as floats, 0.29 * 100 is 28.999999999999996
+        (1e-7, 30_000_000, 3),  # written with an exponent
+        (1.0, 7, 7),
+        (0.5, 3, 1),
+    ],
+)
+def test_a_share_of_the_parameters_is_rounded_down_exactly(value, parameters, expected):
+    assert Share(value).resolve(replace(counted(1, 1), survey=backbone(parameters))) == expected
+
+
+def test_a_share_counts_the_backbone_without_its_head():
+    body = sum(parameter.numel() for parameter in make_backbone("bert").bert.parameters())
+    assert Share(1.0).resolve(space("bert")) == body
+
+
+def test_a_share_that_buys_nothing_is_refused():
+    with pytest.raises(SettingError, match=r"budget\.value=0\.005.*less than 1 of the backbone's 199 parameters"):
+        Share(0.005).resolve(replace(counted(1, 1), survey=backbone(199)))
+    assert Share(0.005).resolve(replace(counted(1, 1), survey=backbone(200))) == 1
 
 
 # -- a share of the sites ----------------------------------------------------------------------------------------------
@@ -175,6 +256,18 @@ def test_a_share_is_the_number_that_the_user_wrote():
     assert Fraction(0.7, 8).resolve(counted(180, 1)).counts["lora"] == 126
 
 
+def test_kinds_decide_how_a_group_is_rounded_whatever_its_label():
+    # Seven of each kind, in groups of five and two: floor(2.5) and floor(1), round(2.5) and round(1).
+    found = counted(7, 7)
+    labels = {site.name: f"{site.name[0]}{'a' if int(site.name[1:]) < 5 else 'b'}" for site in found.sites}
+    counts = Fraction(0.5, 2).resolve(replace(found, groups=labels)).counts
+    assert counts == {"la": 2, "lb": 1, "sa": 2, "sb": 1}
+    labels = dict.fromkeys(labels, "lora")
+    assert Fraction(0.5, 2).resolve(replace(counted(5, 7), groups=labels)).counts == {
+        "lora": 2 + 4
+    }  # floor(2.5) and round(3.5)
+
+
 def test_a_space_of_one_kind_has_one_count():
     assert Fraction(0.5, 2).resolve(space("bert", "shortcut")).counts == {"shortcut": 6}  # round(5.5)
 
@@ -193,6 +286,9 @@ def test_a_share_of_nothing_is_refused():
         (lambda: UniformRank(0, None), "rank"),
         (lambda: Params(0), "value"),
         (lambda: Params(-5), "value"),
+        (lambda: Share(0.0), "value"),
+        (lambda: Share(1.01), "value"),
+        (lambda: Share(math.nan), "value"),
         (lambda: Fraction(0.25, 0), "rank"),
         (lambda: Fraction(0.0, 8), "p"),
         (lambda: Fraction(1.01, 8), "p"),

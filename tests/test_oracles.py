@@ -18,7 +18,7 @@ from heterolora.allocators.base import GainRule
 from heterolora.allocators.top import Top
 from heterolora.budget import Fraction
 from heterolora.model import AdaptedModel
-from heterolora.proxies.evidence import Evidence, FactorGradients, gather
+from heterolora.proxies.evidence import Bench, Evidence, FactorGradients, gather
 from heterolora.proxies.grad_norm import GradNorm
 from heterolora.proxies.snip import Snip
 from heterolora.search import untracked
@@ -67,7 +67,7 @@ class Case:
         backbone = getattr(transformers, config.architectures[0])(config).double()
         backbone.load_state_dict(load_file(self.folder / "base.safetensors"), strict=not config.tie_word_embeddings)
         backbone.tie_weights()
-        space = SearchSpace(["lora", "shortcut"], [], None, [1, 2], renorm).resolve(survey(backbone))
+        space = SearchSpace(["lora", "shortcut"], [], None, [1, 2], renorm, "kind").resolve(survey(backbone))
         scale = {"lora": self.meta["meta"]["lora_scaling"], "shortcut": self.meta["meta"]["shortcut_scaling"]}
         model = AdaptedModel(backbone, space, LoRA("constant", scale, 0.0)).eval()
         factors = load_file(self.folder / "adapters.safetensors")
@@ -147,9 +147,7 @@ def test_gradients_of_all_factors(case, state):
     """By autograd through the live adapters, and by the shared pass from source values and sink gradients alone."""
     model = case.model(False, state)
     adapters = {name: model.adapter(name) for name in model.ranks}
-    gathered = gather(
-        model, adapters, case.batches, loss, [FactorGradients()], live=True, reduction="sum", track=untracked
-    )[FactorGradients()]
+    gathered = gather(bench(model, case), adapters, [FactorGradients()])[FactorGradients()]
     for batch in case.batches:
         loss(model, batch).backward()
     checked = 0
@@ -165,14 +163,17 @@ def test_gradients_of_all_factors(case, state):
     assert checked == 2 * len(model.ranks)
 
 
+def bench(model, case) -> Bench:
+    return Bench(model, case.batches, loss, True, "sum", untracked)
+
+
 def scores(case, state, proxy):
     """As ``probe.live=true probe.reduction=sum`` scores, with the file's factors as the probe's."""
     model = case.model(False, state)
     adapters = {name: model.adapter(name) for name in model.ranks}
-    gathered = gather(
-        model, adapters, case.batches, loss, proxy.statistics, live=True, reduction="sum", track=untracked
-    )
-    return proxy.score(Evidence(model.space.sites, adapters, gathered, seed=0)), model.space
+    gathered = gather(bench(model, case), adapters, proxy.statistics)
+    evidence = Evidence(model.space.sites, adapters, gathered, model.space.families, bench(model, case), seed=0)
+    return proxy.score(evidence), model.space
 
 
 @pytest.mark.parametrize("state", ["rand", "init"])

@@ -1,12 +1,13 @@
 """What an allocator is, how scores become gains per unit of rank, and how ties are broken."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
 from heterolora.allocation import Allocation
 from heterolora.budget import SiteCount
-from heterolora.cost import Cost
+from heterolora.cost import AdditiveCost, Cost
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
 from heterolora.sites import Site
@@ -14,7 +15,7 @@ from heterolora.sites import Site
 Gains: TypeAlias = Mapping[str, Sequence[float]]
 """Site name -> value of each unit of rank, never increasing; its length is the largest rank the site may get."""
 
-Normalise: TypeAlias = Literal["none", "per_parameter", "per_group"]
+Normalise: TypeAlias = Literal["none", "per_parameter", "per_group", "order"]
 Expand: TypeAlias = Literal["harmonic", "flat"]
 
 
@@ -27,7 +28,7 @@ class GainRule:
             (s itself where it is negative: gains never rise), or ``flat`` s.
         max_rank: no site gets more.
         normalise: ``none``; ``per_parameter``: divided by what a unit of rank costs; ``per_group``: divided by the mean
-            size of the scores of the site's group.
+            size of the scores of the site's group; ``order``: sizes are replaced by their order, see ``_by_order``.
     """
 
     gain: Expand
@@ -42,6 +43,8 @@ class GainRule:
         self, scores: Mapping[str, float | Sequence[float]], sites: Sequence[Site], groups: Mapping[str, str]
     ) -> dict[str, list[float]]:
         """Gains of each site; a site holds no more rank than min(in, out), beyond which it adds nothing."""
+        if self.normalise == "order":
+            scores = _by_order({site.name: scores[site.name] for site in sites})
         factors = self._factors(scores, sites, groups)
         gains = {}
         for site in sites:
@@ -62,14 +65,36 @@ class GainRule:
             sizes: dict[str, list[float]] = {}
             for site in sites:
                 score = scores[site.name]
-                sizes.setdefault(groups[site.name], []).append(
-                    abs(sum(score) if isinstance(score, Sequence) else score)
-                )
+                sizes.setdefault(groups[site.name], []).append(abs(_total(score)))
             means = {group: sum(values) / len(values) for group, values in sizes.items()}
             if flat := [group for group, mean in means.items() if mean == 0]:
                 raise SettingError("allocator.normalise", "per_group", f"all scores of {flat} are 0; use none")
             return {site.name: 1 / means[groups[site.name]] for site in sites}
         return {site.name: 1.0 for site in sites}
+
+
+def _total(score: float | Sequence[float]) -> float:
+    return sum(score) if isinstance(score, Sequence) else score
+
+
+def _by_order(scores: Mapping[str, float | Sequence[float]]) -> dict[str, float | list[float]]:
+    """Each site's score becomes the share of sites whose score is at most as large: from above 0 to 1, equal for ties.
+
+    The units of a list sum to that share, in the proportions that they had; where they have none, because the list's
+    total is not above 0, each gets the same.
+    """
+    totals = {name: _total(score) for name, score in scores.items()}
+    ascending = sorted(totals.values())
+    placed: dict[str, float | list[float]] = {}
+    for name, score in scores.items():
+        total, share = totals[name], bisect_right(ascending, totals[name]) / len(ascending)
+        if not isinstance(score, Sequence):
+            placed[name] = share
+        elif total > 0:
+            placed[name] = [value / total * share for value in score]
+        else:
+            placed[name] = [share / len(score)] * len(score)
+    return placed
 
 
 class Allocator(Protocol):
@@ -110,3 +135,16 @@ def parameters_only(budget: int | SiteCount, allocator: str) -> int:
     if isinstance(budget, SiteCount):
         raise SettingError("budget", "fraction", f"counts sites, which allocator={allocator} cannot; use allocator=top")
     return budget
+
+
+def additive_only(cost: Cost, allocator: str) -> AdditiveCost:
+    """The cost, if every site has a price of its own.
+
+    Raises:
+        SettingError: if factors are shared between sites.
+    """
+    if not isinstance(cost, AdditiveCost):
+        raise SettingError(
+            "allocator", allocator, "needs a price for each site, but this adapter's sites share factors; use greedy"
+        )
+    return cost

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Expand, GainRule, Gains, Normalise, parameters_only, tie_order
+from heterolora.allocators.limits import Bounds, LimitRule, Limits
 from heterolora.budget import SiteCount
 from heterolora.cost import AdditiveCost, Cost
-from heterolora.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Greedy:
         max_rank: no site gets more.
         gain: value of the k-th unit where the proxy gives one number s: ``harmonic`` s/k, or ``flat`` s.
         normalise: how scores of different sites are made comparable, before the division by cost.
+        limits: group -> any of min_share, max_share (of the budget), min_rank, max_rank (instead of the two above);
+            null: none. With an adapter whose sites share factors, ranks only.
         seed: order of ties.
     """
 
@@ -28,59 +30,59 @@ class Greedy:
     max_rank: int
     gain: Expand
     normalise: Normalise
+    limits: Limits | None
     seed: int
 
     counts_sites = False
 
     def __post_init__(self) -> None:
-        if self.max_rank < 1:
-            raise SettingError("max_rank", self.max_rank, "a whole number of at least 1")
-        if not 0 <= self.min_rank <= self.max_rank:
-            raise SettingError("min_rank", self.min_rank, f"a whole number from 0 to max_rank={self.max_rank}")
+        self._limit_rule()
 
     @property
     def gain_rule(self) -> GainRule:
         """As the arguments say."""
-        return GainRule(self.gain, self.max_rank, self.normalise)
+        return GainRule(self.gain, self._limit_rule().largest_rank, self.normalise)
 
     def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
-        """Ranks from ``min_rank`` up."""
+        """Ranks from the least ones up."""
         allowed = parameters_only(budget, "greedy")
-        if small := [name for name, values in gains.items() if len(values) < self.min_rank]:
-            raise SettingError("allocator.min_rank", self.min_rank, f"more than {small[:3]} can hold")
-        ranks = dict.fromkeys(gains, self.min_rank)
-        spent = cost(ranks)
-        if spent > allowed:
-            raise SettingError("allocator.min_rank", self.min_rank, f"costs {spent}, the budget is {allowed}")
-
+        bounds = self._limit_rule().resolve(gains, cost, allowed, groups)
+        ranks = dict(bounds.floors)
         if isinstance(cost, AdditiveCost):
-            self._grant_in_order(gains, cost, allowed - spent, ranks)
+            bounds.grant(by_gain_per_parameter(gains, cost, ranks, bounds.caps, self.seed), cost.units, ranks)
         else:
-            self._grant_one_by_one(gains, cost, allowed - spent, ranks)
+            self._grant_one_by_one(gains, cost, bounds, ranks)
         return Allocation(ranks, cost(ranks), allowed)
 
-    def _grant_in_order(self, gains: Gains, cost: AdditiveCost, left: int, ranks: dict[str, int]) -> None:
-        """Prices never change and gains never rise, so one sort of all units gives the order of grants."""
-        units = []
-        for name, values in gains.items():
-            price, tie = cost.units[name], tie_order(self.seed, name)
-            units += [(-values[k] / price, tie, k, name) for k in range(self.min_rank, min(self.max_rank, len(values)))]
-        for _, _, _, name in sorted(units):
-            if cost.units[name] <= left:
-                left -= cost.units[name]
-                ranks[name] += 1
+    def _limit_rule(self) -> LimitRule:
+        return LimitRule(self.min_rank, self.max_rank, self.limits)
 
-    def _grant_one_by_one(self, gains: Gains, cost: Cost, left: int, ranks: dict[str, int]) -> None:
+    def _grant_one_by_one(self, gains: Gains, cost: Cost, bounds: Bounds, ranks: dict[str, int]) -> None:
         """Where factors are shared, a grant changes the price of others: ask anew at every step."""
+        left = bounds.budget - cost(ranks)
 
         def order(name: str) -> tuple[float, int]:
             return -gains[name][ranks[name]] / max(cost.marginal(ranks, name), 1), tie_order(self.seed, name)
 
         while True:
-            growing = [name for name in gains if ranks[name] < min(self.max_rank, len(gains[name]))]
+            growing = [name for name in gains if ranks[name] < bounds.caps[name]]
             fitting = [name for name in growing if cost.marginal(ranks, name) <= left]
             if not fitting:
                 return
             name = min(fitting, key=order)
             left -= cost.marginal(ranks, name)
             ranks[name] += 1
+
+
+def by_gain_per_parameter(
+    gains: Gains, cost: AdditiveCost, ranks: Mapping[str, int], caps: Mapping[str, int], seed: int
+) -> list[str]:
+    """The site of each unit between ranks and caps, best first.
+
+    Prices never change and gains never rise, so one sort of all units gives the order of grants.
+    """
+    units = []
+    for name, values in gains.items():
+        price, tie = cost.units[name], tie_order(seed, name)
+        units += [(-values[k] / price, tie, k, name) for k in range(ranks[name], caps[name])]
+    return [name for _, _, _, name in sorted(units)]

@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
+import torch
+
+from heterolora.errors import SettingError
 from heterolora.proxies.evidence import Evidence, Statistic
 
 Score: TypeAlias = float | Sequence[float]
@@ -31,6 +34,24 @@ class Proxy(Protocol):
 
 class DegenerateScores(ValueError):  # noqa: N818
     """A proxy whose scores cannot rank anything; an allocation made from them would be a random draw."""
+
+
+NO_GRADIENT = "no gradient reaches the sites: check probe.batches, and probe.head_warmup_steps for a head that is zero"
+"""The remedy of every proxy that scores by gradients."""
+
+
+def weights_of(evidence: Evidence, proxy: str) -> dict[str, torch.Tensor]:
+    """The frozen weight at every site, by name.
+
+    Raises:
+        SettingError: if there are sites where no frozen weight acts.
+    """
+    weights = {site.name: evidence.weight(site.name) for site in evidence.sites}
+    if without := [name for name, weight in weights.items() if weight is None]:
+        raise SettingError(
+            "proxy", proxy, f"scores frozen weights, and none acts at {without[:3]}; use search_space=lora_all"
+        )
+    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def total(score: Score) -> float:

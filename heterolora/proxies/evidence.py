@@ -7,6 +7,7 @@ adapter or without, and everything first-order follows from it: ``g_B = scale G 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -29,30 +30,143 @@ class Track(Protocol):
         """The same items, with progress shown."""
 
 
-class Statistic(Protocol):
-    """Something summed over batches at each site; hashable, so that equal ones of two proxies are gathered once."""
+@dataclass(frozen=True)
+class Observation:
+    """What one call of one site shows.
 
-    def observe(self, adapter: Adapter, source: torch.Tensor, gradient: torch.Tensor) -> Values:
-        """One batch's contribution, from the source ``[tokens, in]`` and the sink's gradient ``[tokens, out]``."""
+    Attributes:
+        adapter: the probe's factors at the site.
+        source: what the site reads, ``[tokens, in]``.
+        gradient: the loss gradient at its sink, ``[tokens, out]``; None in a pass without a backward.
+        real: which rows are tokens and no padding, ``[tokens]``; None if the rows are no tokens of the batch (deberta
+            sends its table of relative positions through the same layers).
+        find_weight: gives the frozen weight that acts at the site, ``[out, in]``, or None where nothing does.
+    """
+
+    adapter: Adapter
+    source: torch.Tensor
+    gradient: torch.Tensor | None
+    real: torch.Tensor | None
+    find_weight: Callable[[], torch.Tensor | None]
+
+    @property
+    def flow(self) -> torch.Tensor:
+        """The gradient, for statistics that ask for one."""
+        assert self.gradient is not None  # the pass had a backward, since the statistic needs it
+        return self.gradient
+
+
+class Statistic(Protocol):
+    """Something summed over batches at each site; hashable, so that equal ones of two proxies are gathered once.
+
+    Attributes:
+        needs_gradient: whether a forward pass alone would not do.
+    """
+
+    needs_gradient: bool = True
+
+    def observe(self, seen: Observation) -> Values | None:
+        """One call's contribution, summed over the calls of a batch; None: this call has none."""
+
+    def settle(self, values: Values) -> Values:
+        """What a batch contributes, from the sum over its calls; here: that sum."""
+        return values
 
 
 @dataclass(frozen=True)
-class FactorGradients:
+class FactorGradients(Statistic):
     """``g_A`` ``[rank, in]`` and ``g_B`` ``[out, rank]`` of the adapter that stands, or would stand, at the site."""
 
-    def observe(self, adapter: Adapter, source: torch.Tensor, gradient: torch.Tensor) -> Values:
+    def observe(self, seen: Observation) -> Values:
         """``scale B^T G`` and ``scale G A^T`` without forming G."""
+        adapter, source, gradient = seen.adapter, seen.source, seen.flow
         a, b = adapter.A.detach().to(source.dtype), adapter.B.detach().to(source.dtype)
         return adapter.scale * (gradient @ b).T @ source, adapter.scale * gradient.T @ (source @ a.T)
 
 
 @dataclass(frozen=True)
-class MapGradient:
+class SquaredFactorGradients(Statistic):
+    """The squares of each batch's ``g_A`` and ``g_B``, entry by entry."""
+
+    def observe(self, seen: Observation) -> Values:
+        """The gradients; a batch's are complete only after all calls."""
+        return FactorGradients().observe(seen)
+
+    def settle(self, values: Values) -> Values:
+        """Their squares."""
+        return tuple(part.square() for part in values)
+
+
+@dataclass(frozen=True)
+class MapGradient(Statistic):
     """G itself, ``[out, in]``."""
 
-    def observe(self, adapter: Adapter, source: torch.Tensor, gradient: torch.Tensor) -> Values:
-        """The batch's G."""
-        return (gradient.T @ source,)
+    def observe(self, seen: Observation) -> Values:
+        """The call's G."""
+        return (seen.flow.T @ seen.source,)
+
+
+@dataclass(frozen=True)
+class InputMoments(Statistic):
+    """``sum x x^T`` ``[in, in]``, ``sum x`` ``[in]`` and the number of tokens, over real tokens, in float64."""
+
+    needs_gradient = False
+
+    def observe(self, seen: Observation) -> Values | None:
+        """Nothing of rows that are no tokens."""
+        if seen.real is None:
+            return None
+        x = seen.source[seen.real].double()
+        return x.T @ x, x.sum(0), x.new_tensor([len(x)])
+
+
+@dataclass(frozen=True)
+class GradientMoment(Statistic):
+    """``sum d d^T`` ``[out, out]`` over the gradients at the sink at real tokens, in float64."""
+
+    def observe(self, seen: Observation) -> Values | None:
+        """Nothing of rows that are no tokens."""
+        if seen.real is None:
+            return None
+        gradient = seen.flow[seen.real].double()
+        return (gradient.T @ gradient,)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that a pass over a model needs; a proxy with a pass of its own finds it here.
+
+    Attributes:
+        model: the adapted model; its own adapters take part in the forward unless ``live`` replaces them.
+        batches: what the loss is taken on, in this order.
+        loss: scalar loss of the model on a batch.
+        live: put the probe's deltas into the forward.
+        reduction: ``sum`` of the batches' gradients, or their ``mean``.
+        track: shows progress over the batches.
+    """
+
+    model: AdaptedModel
+    batches: Sequence[Batch]
+    loss: Loss
+    live: bool
+    reduction: Literal["mean", "sum"]
+    track: Track
+
+    @property
+    def share(self) -> float:
+        """What a batch counts in a sum over batches."""
+        return 1 / len(self.batches) if self.reduction == "mean" else 1.0
+
+    def checked_loss(self, number: int, batch: Batch) -> torch.Tensor:
+        """The loss of a batch.
+
+        Raises:
+            FloatingPointError: if it is not finite.
+        """
+        value = self.loss(self.model, batch)
+        if not torch.isfinite(value):
+            raise FloatingPointError(f"the loss of scoring batch {number} is {value.item()}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -63,74 +177,97 @@ class Evidence:
         sites: the candidates, in the space's order.
         adapters: the probe's factors at each site.
         gathered: statistic -> site name -> its values.
+        families: site name -> what it has in common with sites of other layers, e.g. all ``q`` are one family.
+        bench: for proxies with a pass of their own.
         seed: for proxies that draw.
     """
 
     sites: Sequence[Site]
     adapters: Mapping[str, Adapter]
     gathered: Mapping[Statistic, Mapping[str, Values]]
+    families: Mapping[str, str]
+    bench: Bench
     seed: int
+
+    def weight(self, name: str) -> torch.Tensor | None:
+        """The frozen weight ``[out, in]`` that acts at a site; None where nothing does."""
+        return self.bench.model.frozen_weight(name)
 
 
 def gather(
-    model: AdaptedModel,
-    adapters: Mapping[str, Any],
-    batches: Sequence[Batch],
-    loss: Loss,
-    statistics: Iterable[Statistic],
-    *,
-    live: bool,
-    reduction: Literal["mean", "sum"],
-    track: Track,
+    bench: Bench, adapters: Mapping[str, Any], statistics: Iterable[Statistic]
 ) -> dict[Statistic, dict[str, Values]]:
-    """Run the pass: one forward and one backward for each batch, in evaluation mode, leaving no gradient behind.
+    """Run the pass: one forward for each batch, and one backward if any statistic needs it, in evaluation mode.
+
+    It leaves no gradient behind.
 
     Args:
-        model: the adapted model; its own adapters take part in the forward unless ``live`` replaces them.
+        bench: model, batches and loss.
         adapters: the probe's factors, by site name; these sites are observed.
-        batches: what the loss is taken on, in this order.
-        loss: scalar loss of the model on a batch.
         statistics: what to gather.
-        live: put the probe's deltas into the forward.
-        reduction: ``sum`` of the batches' gradients, or their ``mean``.
-        track: shows progress over the batches.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
     wanted = tuple(dict.fromkeys(statistics))
+    backward = any(statistic.needs_gradient for statistic in wanted)
     sums: dict[Statistic, dict[str, Values]] = {statistic: {} for statistic in wanted}
+    # A second copy of the values is held only where a batch's are not just added to the others'.
+    unsettled: dict[Statistic, dict[str, Values]] = {s: {} for s in wanted if type(s).settle is not Statistic.settle}
+    mask: torch.Tensor | None = None
 
-    def observe(site: Site, source: torch.Tensor, gradient: torch.Tensor) -> None:
+    def observe(site: Site, source: torch.Tensor, gradient: torch.Tensor | None) -> None:
         adapter = adapters[site.name]
         dtype = adapter.A.dtype
-        source = source.reshape(-1, site.in_features).to(dtype)
-        gradient = gradient.reshape(-1, site.out_features).to(dtype)
+        seen = Observation(
+            adapter,
+            source.reshape(-1, site.in_features).to(dtype),
+            None if gradient is None else gradient.reshape(-1, site.out_features).to(dtype),
+            _real_rows(source, mask),
+            partial(bench.model.frozen_weight, site.name),
+        )
         for statistic in wanted:
-            _add(sums[statistic], site.name, statistic.observe(adapter, source, gradient))
+            if (values := statistic.observe(seen)) is not None:
+                _add((unsettled if statistic in unsettled else sums)[statistic], site.name, values)
 
     def run() -> None:
-        with model.probing(observe, adapters) as zero:
-            for number, batch in enumerate(track(batches, "scoring", len(batches))):
-                value = loss(model, batch)
-                if not torch.isfinite(value):
-                    raise FloatingPointError(f"the loss of scoring batch {number} is {value.item()}")
-                torch.autograd.grad(value, zero)
+        nonlocal mask
+        with model.probing(observe, adapters, backward) as zero:
+            for number, batch in enumerate(bench.track(bench.batches, "scoring", len(bench.batches))):
+                mask = batch.get("attention_mask")
+                with torch.set_grad_enabled(backward):
+                    value = bench.checked_loss(number, batch)
+                if backward:
+                    torch.autograd.grad(value, zero)
+                for statistic, found in unsettled.items():
+                    for name, values in found.items():
+                        _add(sums[statistic], name, statistic.settle(values))
+                    found.clear()
 
+    model = bench.model
     was_training = model.training
     model.eval()
     try:
-        if live:
+        if bench.live:
             with model.swapped(adapters):
                 run()
         else:
             run()
     finally:
         model.train(was_training)
-    if reduction == "mean":
-        for part in (part for values in sums.values() for parts in values.values() for part in parts):
-            part /= len(batches)
+    for part in (part for values in sums.values() for parts in values.values() for part in parts):
+        part *= bench.share
     return sums
+
+
+def _real_rows(source: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which rows of a source are real tokens, if they are tokens at all."""
+    rows = source.reshape(-1, source.shape[-1]).shape[0]
+    if mask is None:
+        return torch.ones(rows, dtype=torch.bool, device=source.device)
+    if source.shape[:-1] == mask.shape or (source.dim() == 2 and rows == mask.numel()):
+        return mask.reshape(-1).bool().to(source.device)
+    return None
 
 
 def _add(sums: dict[str, Values], name: str, new: Values) -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from heterolora.proxies.base import NO_GRADIENT
 from heterolora.proxies.evidence import Evidence, FactorGradients, Statistic
 
 
@@ -10,7 +11,7 @@ class GradNorm:
     """``||g_A|| + ||g_B||``, Frobenius norms of the summed gradient (HeteroLoRA, arXiv 2406.14956, section 3)."""
 
     control = False
-    remedy = "no gradient reaches the sites: check probe.batches, and probe.head_warmup_steps for a head that is zero"
+    remedy = NO_GRADIENT
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -1,10 +1,14 @@
 """The spectrum of the gradient of the map that would be added."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-from heterolora.proxies.evidence import Evidence, MapGradient, Statistic
+from heterolora.errors import SettingError
+from heterolora.proxies.base import NO_GRADIENT
+from heterolora.proxies.evidence import Evidence, GradientMoment, InputMoments, MapGradient, Statistic
 
 
 @dataclass(frozen=True)
@@ -13,21 +17,62 @@ class Spectral:
 
     The sum of the first r is the most that a gradient step confined to rank r can gain to first order, for a step of
     given size (Eckart-Young), so the k-th value is what the k-th unit of rank adds.
+
+    Sizes of G at different sites can be compared only if a step of one size means the same at both. Whitened by the
+    second moment C of the inputs, ``M = G C^(-1/2)``, they can: in the linear model with squared error, the best update
+    of rank r removes exactly half the sum of the r largest squared singular values of M (Lin 2026, SYSTEMS.md 15).
+    Whitened by the sums of squares of the sink's gradients d and of the inputs x, ``(sum d d^T)^(-1/2) G (sum x
+    x^T)^(-1/2)`` holds the canonical correlations of the two, from 0 to 1 whatever their scales (not centred).
+
+    Args:
+        whiten: ``none``, by the ``inputs``, or by ``both`` (over real tokens).
+        damping: added to each moment, as a share of its mean eigenvalue.
     """
 
+    whiten: Literal["none", "inputs", "both"]
+    damping: float
+
     control = False
-    remedy = "no gradient reaches the sites: check probe.batches, and probe.head_warmup_steps for a head that is zero"
+    remedy = NO_GRADIENT
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < math.inf:
+            raise SettingError("damping", self.damping, "a number above 0")
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """G at each site."""
-        return (MapGradient(),)
+        """G at each site, and the moments that whiten it."""
+        needed: dict[str, tuple[Statistic, ...]] = {
+            "none": (),
+            "inputs": (InputMoments(),),
+            "both": (InputMoments(), GradientMoment()),
+        }
+        return (MapGradient(), *needed[self.whiten])
 
     def score(self, evidence: Evidence) -> dict[str, list[float]]:
         """min(in, out) values for each site, largest first."""
-        return {
-            site.name: squared_singular_values(*evidence.gathered[MapGradient()][site.name]) for site in evidence.sites
-        }
+        scores = {}
+        for site in evidence.sites:
+            (matrix,) = evidence.gathered[MapGradient()][site.name]
+            if self.whiten != "none":
+                squares, _, tokens = evidence.gathered[InputMoments()][site.name]
+                # Sums against sums for correlations; else the moment, which does not grow with the batches.
+                moment = squares if self.whiten == "both" else squares / tokens
+                matrix = matrix.double() @ inverse_root(moment, self.damping)
+            if self.whiten == "both":
+                (squares,) = evidence.gathered[GradientMoment()][site.name]
+                matrix = inverse_root(squares, self.damping) @ matrix
+            scores[site.name] = squared_singular_values(matrix)
+        return scores
+
+
+def inverse_root(moment: torch.Tensor, damping: float) -> torch.Tensor:
+    """``(moment + damping * mean eigenvalue * I)^(-1/2)``; zero if the moment is zero."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    damped = values.clamp(min=0) + damping * values.clamp(min=0).mean()
+    roots = torch.where(damped > 0, damped, torch.inf).rsqrt()
+    root: torch.Tensor = (vectors * roots) @ vectors.T
+    return root
 
 
 def squared_singular_values(matrix: torch.Tensor) -> list[float]:

@@ -15,14 +15,13 @@ from heterolora.space import Space
 
 
 def rank_grid(space: Space, allocation: Allocation) -> tuple[list[str], list[int], list[list[int | None]]]:
-    """Rows (role, with its span if it is long), columns (layers), and the rank at each; None: no such site."""
-    depth = 1 + max(site.layer for site in space.survey.lora_sites)
+    """Rows (label: role, with its span if it is long), columns (layers), and the rank at each; None: no such site."""
+    depth = space.survey.deepest
     rows: dict[str, list[int | None]] = {}
     for site in space.sites:
-        label = site.name.partition(".")[2]
-        rows.setdefault(label, [None] * depth)[site.layer] = allocation.ranks[site.name]
-    roles = list(dict.fromkeys(site.name.partition(".")[2] for site in sorted(space.sites, key=_family)))
-    return roles, list(range(depth)), [rows[role] for role in roles]
+        rows.setdefault(site.label, [None] * depth)[site.layer] = allocation.ranks[site.name]
+    labels = list(dict.fromkeys(site.label for site in sorted(space.sites, key=_family)))
+    return labels, list(range(depth)), [rows[label] for label in labels]
 
 
 def _family(site: Site) -> tuple[str, int]:

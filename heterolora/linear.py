@@ -1,0 +1,43 @@
+"""Linear layers of any make: their widths and their frozen weight."""
+
+import torch
+from torch import nn
+
+
+def features(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear layer; None if the module is no linear layer.
+
+    Read from the module, not from the config: widths differ by layer in some models. ``nx`` and ``nf`` are the names
+    that ``Conv1D`` uses.
+    """
+    for names in (("in_features", "out_features"), ("nx", "nf")):
+        width = tuple(getattr(module, name, None) for name in names)
+        if isinstance(width[0], int) and isinstance(width[1], int):
+            return width[0], width[1]
+    return None
+
+
+@torch.no_grad()
+def frozen_weight(module: nn.Module) -> torch.Tensor:
+    """The dense weight ``[out, in]`` of a linear layer of any make.
+
+    ``nn.Linear`` and ``Conv1D`` hold it (the latter transposed); from any other it is read off as its answer to the
+    unit vectors, less its answer to zero, so that quantised or wrapped layers need no case of their own.
+
+    Raises:
+        TypeError: if the module is no linear layer.
+    """
+    width = features(module)
+    if width is None:
+        raise TypeError(f"{type(module).__name__} is no linear layer")
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        if isinstance(module, nn.Linear):
+            return weight.detach()
+        if hasattr(module, "nx"):
+            return weight.detach().T
+    parameter = next(module.parameters(), torch.zeros(()))
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    units = torch.eye(width[0], device=parameter.device, dtype=dtype)
+    answer: torch.Tensor = module.forward(units) - module.forward(torch.zeros_like(units[:1]))
+    return answer.T
