@@ -26,6 +26,22 @@ Dtype: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
 
 _PACKAGE = "package:"
 
+_RELATIVE = ("t5", "bloom")
+"""Types whose attention sees distances alone, which their configs do not say."""
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A backbone without weights, enough to find sites and to count what they cost.
+
+    Attributes:
+        model: the model on torch's meta device.
+        layout: where its blocks and taps are, if the user said so.
+    """
+
+    model: nn.Module
+    layout: Layout | None
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -47,6 +63,11 @@ class Backbone:
     fingerprint: str
     layout: Layout | None
     gradient_checkpointing: bool
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that fit into the model; None: no limit, since it sees distances alone."""
+        return _positions(self.model)
 
 
 @dataclass(frozen=True)
@@ -78,33 +99,21 @@ class Pretrained:
         Raises:
             SettingError: if there is nothing to load at ``path``.
         """
-        location = self._location()
-        options: dict[str, Any] = {"local_files_only": not hub_reachable()}
-        if self.gguf_file is not None:
-            options["gguf_file"] = self.gguf_file
-        with _quiet():
-            try:
-                config = AutoConfig.from_pretrained(location, num_labels=num_labels, **options)
-                _set_dropout(config, self.dropout)
-                model, info = AutoModelForSequenceClassification.from_pretrained(
-                    location,
-                    config=config,
-                    dtype=getattr(torch, self.dtype),
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,  # a head for other classes is made anew, see below
-                    **options,
-                )
-                tokenizer = AutoTokenizer.from_pretrained(location, **options)
-            except (OSError, ValueError, SafetensorError) as error:
-                hub = "" if hub_reachable() else "; the hub cannot be reached from here"
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise SettingError(
-                    "model.path",
-                    self.path,
-                    f"cannot be loaded ({reason}){hub}; give a hub id, a folder or package:NAME/FOLDER",
-                ) from error
+        location, options = self._location(), self._options()
+        with self._reading():
+            config = self._config(location, options, num_labels)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                location,
+                config=config,
+                dtype=getattr(torch, self.dtype),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # a head for other classes is made anew, see below
+                **options,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
         size = model.get_input_embeddings().num_embeddings
-        if not len(set(tokenizer.all_special_ids)) < len(tokenizer) <= size:
+        # Added tokens may have no embedding, such as gemma3's for images in its text model: no text holds them.
+        if len(set(tokenizer.all_special_ids)) >= len(tokenizer) or tokenizer.vocab_size > size:
             raise SettingError(
                 "model.path",
                 self.path,
@@ -118,6 +127,47 @@ class Pretrained:
         if lost := sorted(name for name in set(info["missing_keys"]) & inside if "pooler" not in name):
             raise SettingError("model.path", self.path, f"weights are missing: {lost[:3]} ({len(lost)} in all)")
         return _finish(self, model, tokenizer, frozenset(info["missing_keys"]) | other, seed)
+
+    def skeleton(self, num_labels: int) -> Skeleton:
+        """The same model without weights, of which none is read.
+
+        Raises:
+            SettingError: if there is no config at ``path``.
+        """
+        location, options = self._location(), self._options()
+        with self._reading():
+            config = self._config(location, options, num_labels)
+        return _skeleton(self, config)
+
+    def _config(self, location: str, options: Mapping[str, Any], num_labels: int) -> Any:
+        config = AutoConfig.from_pretrained(location, num_labels=num_labels, **options)
+        _set_dropout(config, self.dropout)
+        return config
+
+    def _options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"local_files_only": not hub_reachable()}
+        if self.gguf_file is not None:
+            if importlib.util.find_spec("gguf") is None:
+                raise SettingError(
+                    "model.gguf_file", self.gguf_file, "needs the package gguf: pip install 'heterolora[smollm2]'"
+                )
+            options["gguf_file"] = self.gguf_file
+        return options
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Whatever cannot be read is refused in one line."""
+        try:
+            with _quiet():
+                yield
+        except (OSError, ValueError, ImportError, SafetensorError) as error:  # some tokenizers need further packages
+            hub = "" if hub_reachable() else "; the hub cannot be reached from here"
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            raise SettingError(
+                "model.path",
+                self.path,
+                f"cannot be loaded ({reason}){hub}; give a hub id, a folder or package:NAME/FOLDER",
+            ) from error
 
     def _location(self) -> str:
         if not self.path.startswith(_PACKAGE):
@@ -164,7 +214,18 @@ class Tiny:
 
     def load(self, num_labels: int, seed: int) -> Backbone:
         """Make the model; its weights are always the same, only the head is drawn from ``seed``."""
-        tokenizer = byte_tokenizer()
+        tokenizer = byte_tokenizer(types=True)
+        config = self._config(num_labels, tokenizer)
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(0)
+            model = AutoModelForSequenceClassification.from_config(config).eval()  # as pretrained ones come
+        return _finish(self, _cast(model, getattr(torch, self.dtype)), tokenizer, frozenset(_outside(model)), seed)
+
+    def skeleton(self, num_labels: int) -> Skeleton:
+        """The same model without weights."""
+        return _skeleton(self, self._config(num_labels, byte_tokenizer()))
+
+    def _config(self, num_labels: int, tokenizer: Any) -> Any:
         ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.cls_token_id}
         ids |= {"eos_token_id": tokenizer.sep_token_id, "vocab_size": len(tokenizer)}
         try:
@@ -172,10 +233,31 @@ class Tiny:
         except ValueError as error:
             raise SettingError("model.model_type", self.model_type, str(error).splitlines()[0][:120]) from error
         _set_dropout(config, self.dropout)
-        with torch.random.fork_rng(devices=[]), _quiet():
-            torch.manual_seed(0)
-            model = AutoModelForSequenceClassification.from_config(config).to(getattr(torch, self.dtype))
-        return _finish(self, model, tokenizer, frozenset(_outside(model)), seed)
+        return config
+
+
+def _skeleton(settings: Pretrained | Tiny, config: Any) -> Skeleton:
+    with torch.device("meta"), _quiet():
+        model = AutoModelForSequenceClassification.from_config(config)
+    return Skeleton(model, _user_layout(settings))
+
+
+def _user_layout(settings: Pretrained | Tiny) -> Layout | None:
+    if settings.layout is None:
+        return None
+    layout: Layout = build({"_target_": "heterolora.layouts.Layout", **settings.layout}, "model.layout")
+    return layout
+
+
+def _positions(model: Any) -> int | None:
+    config = model.config
+    relative = getattr(config, "alibi", False) or not getattr(config, "position_biased_input", True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if relative or config.model_type in _RELATIVE or limit is None:
+        return None
+    embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(embeddings, "padding_idx", None)  # roberta's kind counts positions from behind it
+    return limit if padding is None else limit - padding - 1
 
 
 def _outside(model: Any) -> list[str]:
@@ -194,16 +276,64 @@ def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: froz
             drawn = torch.empty(parameter.shape).normal_(0, std, generator=generator)
             with torch.no_grad():
                 parameter.copy_(drawn)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise SettingError("model", type(tokenizer).__name__, "this tokenizer has no token that could pad")
+    _prepare_tokenizer(tokenizer, model.config)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders pool at the last token that is not this one
+    if model.config.is_encoder_decoder:
+        _prepare_encoder_decoder(model.config, tokenizer)
     _head_in_float32(model, head)
-    layout = None
-    if settings.layout is not None:
-        layout = build({"_target_": "heterolora.layouts.Layout", **settings.layout}, "model.layout")
-    return Backbone(model, tokenizer, tuple(head), fingerprint(model, head), layout, settings.gradient_checkpointing)
+    return Backbone(
+        model,
+        tokenizer,
+        tuple(head),
+        fingerprint(model, head),
+        _user_layout(settings),
+        settings.gradient_checkpointing,
+    )
+
+
+def _prepare_tokenizer(tokenizer: Any, config: Any) -> None:
+    """Batches that every architecture reads as it should."""
+    tokenizer.padding_side = "right"  # on the left, padding would shift the positions of some decoders' tokens
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _padding_token(tokenizer)
+    # gpt2 and gptj would add the embeddings of words 0 and 1, others know one type or none.
+    if getattr(config, "type_vocab_size", 0) < 2:
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+
+
+def _padding_token(tokenizer: Any) -> str:
+    """A special token that no text becomes or ends with: decoders pool before the last tokens that are padding."""
+    last = tokenizer("a")["input_ids"][-1]
+    for token in (tokenizer.eos_token, tokenizer.bos_token, *tokenizer.all_special_tokens):
+        # Where the unknown token is the end token too, nothing is unknown (gpt2).
+        unknown = token == tokenizer.unk_token and token not in (tokenizer.eos_token, tokenizer.bos_token)
+        if token is not None and not unknown and tokenizer.convert_tokens_to_ids(token) != last:
+            return str(token)
+    raise SettingError("model", type(tokenizer).__name__, "this tokenizer has no token that could pad")
+
+
+def _prepare_encoder_decoder(config: Any, tokenizer: Any) -> None:
+    """The decoder reads the input again, from a start token on, and is pooled at the last end token."""
+    for key, token in (("decoder_start_token_id", config.pad_token_id), ("eos_token_id", tokenizer.eos_token_id)):
+        if getattr(config, key, None) is None:
+            setattr(config, key, token)
+    if config.eos_token_id not in tokenizer("a")["input_ids"]:
+        raise SettingError(
+            "model", config.model_type, f"its tokenizer must end every text with token {config.eos_token_id}"
+        )
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another dtype, but for what transformers itself keeps in float32 when it loads one."""
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept += tuple(model._keep_in_fp32_modules or ())
+    model.to(dtype)
+    if dtype in (torch.float16, torch.bfloat16):
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] in kept:
+                module.float()
+    return model
 
 
 def _head_in_float32(model: nn.Module, head: Sequence[str]) -> None:
@@ -242,8 +372,8 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
             setattr(config, key, dropout)
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, ``[CLS] a [SEP] b [SEP]``, 512 positions."""
+def byte_tokenizer(types: bool = False) -> PreTrainedTokenizerFast:
+    """One token a byte, ``[CLS] a [SEP] b [SEP]``, 512 positions; with the sentence's number as type, if asked."""
     special = ["[PAD]", "[CLS]", "[SEP]"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -256,13 +386,18 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         special_tokens=[(token, vocabulary[token]) for token in special[1:]],
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=512,
+        model_input_names=["input_ids", *(["token_type_ids"] if types else []), "attention_mask"],
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no report of the missing head, which is expected."""
+    """No progress bars, but for that of GGUF files, and no report of the missing head, which is expected."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -2,13 +2,14 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torchmetrics import MetricCollection
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
@@ -57,6 +58,13 @@ class Optimizer:
         return max(0.0, (total - step) / max(1, total - rise))
 
 
+def in_file_order(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Results of batches, joined and sorted by their ``index``."""
+    merged = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    order = merged["index"].argsort()
+    return {key: value[order] for key, value in merged.items()}
+
+
 class LitAdapted(L.LightningModule):
     """Trains the adapters and the head of an adapted model on a task.
 
@@ -80,9 +88,9 @@ class LitAdapted(L.LightningModule):
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None
-        self.validation_metrics = task.make_metrics()
-        self.test_metrics = task.make_metrics()
-        self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {"validation": [], "test": []}
+        self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {}
+        self._metrics: dict[str, MetricCollection] = {}
+        self._losses: dict[str, torch.Tensor] = {}
 
     def scalar_loss(self, model: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The task's loss of a model on a batch."""
@@ -120,36 +128,56 @@ class LitAdapted(L.LightningModule):
         """Feed the metrics and keep the predictions."""
         self._evaluate("validation", batch)
 
-    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, torch.Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Feed the metrics and keep the predictions."""
-        self._evaluate("test", batch)
+        self._evaluate(self._test_splits[dataloader_idx], batch)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last epoch's predictions."""
-        self.outputs["validation"].clear()
+        self._begin("validation")
 
     def on_test_epoch_start(self) -> None:
         """Forget earlier predictions."""
-        self.outputs["test"].clear()
+        for split in self._test_splits:
+            self._begin(split)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics."""
+        self._end("validation")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of every test split."""
+        for split in self._test_splits:
+            self._end(split)
+
+    @property
+    def _test_splits(self) -> list[str]:
+        """Names of the test splits: the keys where loaders are named, as ``TextData`` does, else ``test``."""
+        loaders = self.trainer.test_dataloaders
+        return list(loaders) if isinstance(loaders, Mapping) else ["test"]
+
+    def _begin(self, split: str) -> None:
+        self.outputs[split] = []
+        self._metrics[split] = self.task.make_metrics().to(self.device)
+        self._losses[split] = torch.zeros((), device=self.device)
 
     def _evaluate(self, split: str, batch: dict[str, torch.Tensor]) -> None:
         logits = self.task.logits(self.model, batch)
-        predictions, size = self.task.predict(logits), len(batch["labels"])
-        metrics = self.validation_metrics if split == "validation" else self.test_metrics
-        metrics.update(predictions, batch["labels"])
-        for name, metric in metrics.items():
-            self.log(
-                f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=split == "validation", batch_size=size
-            )
-        self.log(f"{split}/loss", self.task.loss(logits, batch), on_step=False, on_epoch=True, batch_size=size)
+        predictions = self.task.predict(logits)
+        self._metrics[split].update(predictions, batch["labels"])
+        self._losses[split] = self._losses[split] + self.task.loss(logits, batch) * len(batch["labels"])
         kept = {"index": batch["index"], "labels": batch["labels"], "prediction": predictions, "logits": logits.float()}
         self.outputs[split].append({key: value.cpu() for key, value in kept.items()})
 
+    def _end(self, split: str) -> None:
+        found = self._metrics[split].compute()
+        for name in self.task.metrics:
+            self.log(f"{split}/{name}", found[name], prog_bar=split == "validation")
+        self.log(f"{split}/loss", self._losses[split] / sum(len(part["index"]) for part in self.outputs[split]))
+
     def predictions(self, split: str) -> dict[str, torch.Tensor]:
         """The last evaluation of a split, in file order: ``index``, ``labels``, ``prediction``, ``logits``."""
-        merged = {key: torch.cat([part[key] for part in self.outputs[split]]) for key in self.outputs[split][0]}
-        order = merged["index"].argsort()
-        return {key: value[order] for key, value in merged.items()}
+        return in_file_order(self.outputs[split])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over adapters and head; the rate changes every step."""
@@ -166,9 +194,8 @@ class LitAdapted(L.LightningModule):
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """``adapter.<site>.<tensor>`` and ``head.<parameter>``: what is trained, and nothing else."""
-        adapters = {f"adapter.{name}": value for name, value in self.model.adapter_state_dict().items()}
-        return adapters | {f"head.{name}": value for name, value in self.model.head_state_dict().items()}
+        """What is trained, and nothing else."""
+        return self.model.trained_state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Fill the enabled adapters and the head; every name must fit, whatever ``strict`` says.
@@ -176,19 +203,7 @@ class LitAdapted(L.LightningModule):
         Raises:
             KeyError: if tensors are missing or unknown.
         """
-        split: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "head": {}}
-        for key, value in state_dict.items():
-            family, _, name = key.partition(".")
-            if family not in split:
-                raise KeyError(f"unknown tensor in the checkpoint: {key}")
-            split[family][name] = value
-        head = self.model.head_parameters
-        if split["head"].keys() != head.keys():
-            raise KeyError(f"head tensors differ: {sorted(split['head'].keys() ^ head.keys())}")
-        self.model.load_adapter_state_dict(split["adapter"])
-        with torch.no_grad():
-            for name, value in split["head"].items():
-                head[name].copy_(value)
+        self.model.load_trained_state_dict(state_dict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

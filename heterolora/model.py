@@ -271,6 +271,31 @@ class AdaptedModel(nn.Module):
             return None
         return frozen_weight(self.backbone.get_submodule(site.sink.module))
 
+    def trained_state_dict(self) -> dict[str, torch.Tensor]:
+        """``adapter.<site>.<tensor>`` and ``head.<parameter>``: what is trained, and nothing else."""
+        adapters = {f"adapter.{name}": value for name, value in self.adapter_state_dict().items()}
+        return adapters | {f"head.{name}": value for name, value in self.head_state_dict().items()}
+
+    def load_trained_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Fill the enabled adapters and the head; every name must fit.
+
+        Raises:
+            KeyError: if tensors are missing or unknown.
+        """
+        split: dict[str, dict[str, torch.Tensor]] = {"adapter": {}, "head": {}}
+        for key, value in state.items():
+            family, _, name = key.partition(".")
+            if family not in split:
+                raise KeyError(f"unknown tensor in the checkpoint: {key}")
+            split[family][name] = value
+        head = self.head_parameters
+        if split["head"].keys() != head.keys():
+            raise KeyError(f"head tensors differ: {sorted(split['head'].keys() ^ head.keys())}")
+        self.load_adapter_state_dict(split["adapter"])
+        with torch.no_grad():
+            for name, value in split["head"].items():
+                head[name].copy_(value)
+
     # -- observation ------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -15,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import CompactHydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.errors import CompactHydraException, HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from heterolora.build import build
@@ -64,7 +67,7 @@ def train(cfg: DictConfig) -> float:
     """One run, in the folder that Hydra made for it.
 
     Returns:
-        The task's first metric on the validation split.
+        The task's first metric on the validation split; NaN for ``run=dry``, which trains nothing.
 
     Raises:
         RunFailed: for anything that a user can mend, with one line that says what.
@@ -82,13 +85,15 @@ def train(cfg: DictConfig) -> float:
         parts = make_parts(config, choices)
         status["config_hash"] = config_hash(config)
         write_json(folder / "status.json", status)
-        resume = find_resume(config, folder)
+        resume = None if parts.dry else find_resume(config, folder)
         if resume is not None:
             status["resumed_from"] = str(resume.run)
             write_json(folder / "status.json", status)
         summary = run_training(parts, config, folder, resume)
         if resume is not None:
             _mark_continued(resume.run, folder)
+    if parts.dry:
+        return math.nan
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
 
@@ -110,9 +115,31 @@ def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
     seed = config["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise SettingError("seed", seed, "a whole number from 0 to 2^32 - 1")
+    if config["run"] not in ("full", "dry"):
+        raise SettingError("run", config["run"], "full, or dry: everything but training")
     objects = {node: build(config[node], node) for node in NODES}
     callbacks = [build(node, f"callbacks.{name}") for name, node in (config["callbacks"] or {}).items() if node]
-    return Parts(**objects, callbacks=callbacks, seed=seed, choices=choices)
+    return Parts(**objects, callbacks=callbacks, seed=seed, dry=config["run"] == "dry", choices=choices)
+
+
+def compose(overrides: Sequence[str]) -> dict[str, Any]:
+    """The objects that ``train.py`` would make of these overrides, by node; nothing is loaded.
+
+    Raises:
+        SettingError: for an override or a value that cannot be used.
+    """
+    packaged = Path(__file__).parent / "conf"
+    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+    try:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            cfg = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+        _check_choices(cfg.hydra.runtime.choices, overrides)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingError("overrides", " ".join(overrides), " ".join(str(error).split())) from error
+    return {node: build(config[node], node) for node in NODES}
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

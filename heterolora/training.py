@@ -6,8 +6,9 @@ import logging
 import math
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ from heterolora.model import AdaptedModel
 from heterolora.proxies.base import Proxy, total
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.loggers import RunLogger
-from heterolora.report.memory import peak_mib, reset_peak
+from heterolora.report.memory import Kept, now_mib, peak_mib, reset_peak
 from heterolora.report.picture import draw_allocation
+from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
 from heterolora.search import Probe, SearchResult, check_budget, search
 from heterolora.space import SearchSpace, Space, survey
@@ -66,6 +68,7 @@ class Parts:
     logger: RunLogger
     callbacks: Sequence[L.Callback]
     seed: int
+    dry: bool
     choices: Mapping[str, Any]
 
 
@@ -92,7 +95,8 @@ def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: 
         resume: an earlier run to go on with.
 
     Returns:
-        The summary that is also written to ``summary.json``.
+        The summary that is also written to ``summary.json``; a metric that is not defined is NaN here and null there.
+        A dry run trains nothing, and returns what ``plan.json`` holds.
     """
     reset_peak()
     threads = torch.get_num_threads()
@@ -117,16 +121,19 @@ class _Run:
         if parts.trainer.threads is not None:
             torch.set_num_threads(parts.trainer.threads)
         L.seed_everything(parts.seed, verbose=False)
-        splits, origin = parts.data.splits(parts.task)
-        backbone = parts.model.load(len(parts.task.labels), parts.seed)
+        splits, origin, task = parts.data.splits(parts.task)
+        self.parts = parts = replace(parts, task=task)
+        self.config = with_labels(self.config, task)
+        backbone = parts.model.load(task.outputs, parts.seed)
         space = parts.search_space.resolve(survey(backbone.model, backbone.layout))
         model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
         check_budget(parts.allocator, parts.budget.resolve(space), model)
-        positions = getattr(backbone.model.config, "max_position_embeddings", None)
-        data = TextData(splits, parts.task, backbone.tokenizer, positions, parts.data, parts.seed)
+        data = TextData(splits, parts.task, backbone.tokenizer, backbone.positions, parts.data, parts.seed)
         module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, backbone.fingerprint)
+        if parts.dry:
+            return self._plan(module, data, splits)
         callbacks = list(parts.callbacks)
         if self.resume is None:  # a resumed run has its ranks from the checkpoint
             callbacks.append(
@@ -144,12 +151,54 @@ class _Run:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        metrics = self._evaluate(trainer, module, data)
+        metrics = self._evaluate(trainer, module, data, ("validation", *splits.tests))
         summary = self._summary(module, metrics, splits, origin, backbone, trainer)
         self._write_results(module, summary)
         print_summary(summary)
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
+
+    # -- without training -------------------------------------------------------------------------------------------
+
+    def _plan(self, module: LitAdapted, data: TextData, splits: Splits) -> dict[str, Any]:
+        """Sites, budget, steps, and the memory that a step would need, measured on the longest batch."""
+        parts, model = self.parts, module.model
+        space, budget = model.space, parts.budget.resolve(model.space)
+        batches = math.ceil(len(data.examples["train"]) / parts.data.batch_size)
+        steps = parts.trainer.max_epochs * math.ceil(batches / parts.trainer.accumulate)
+        if parts.trainer.max_steps != -1:
+            steps = min(steps, parts.trainer.max_steps)
+        scored = parts.allocator.gain_rule is not None and bool(parts.proxy.statistics)
+        head = sum(p.numel() for p in model.head_parameters.values())
+        trained = head + (budget if isinstance(budget, int) else 0)
+        loaded, kept = now_mib(), _kept_by_a_step(module, data.longest_batch())
+        optimizer = trained * 4 * 4 / 2**20  # value, gradient and two moments, in float32
+        plan = {
+            "title": f"dry run of {self._title()}",
+            "choices": dict(parts.choices),
+            "sites": dict(Counter(f"{site.kind}: {site.label}" for site in space.sites)),
+            "budget": budget if isinstance(budget, int) else asdict(budget),
+            "head_parameters": head,
+            "backbone_parameters": space.survey.parameters,
+            "sizes": {split: len(table) for split, table in splits.tables.items()},
+            "steps": {
+                "optimizer steps": steps,
+                "head warm-up steps": parts.probe.head_warmup_steps if scored else 0,
+                "batches scored": parts.probe.batches if scored else 0,
+            },
+            "memory_mib": {
+                "process, model loaded": loaded,
+                "adapters, head, optimizer": optimizer,
+                "kept for the backward pass": kept,
+                "expected peak, at least": None if loaded is None else loaded + optimizer + kept,
+            },
+            "note": splits.note,
+            "folder": str(self.folder),
+        }
+        self._write_config()
+        write_json(self.folder / "plan.json", plan)
+        print_plan(plan)
+        return plan
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -233,17 +282,19 @@ class _Run:
 
     # -- results ----------------------------------------------------------------------------------------------------
 
-    def _evaluate(self, trainer: L.Trainer, module: LitAdapted, data: TextData) -> dict[str, dict[str, float]]:
-        """Metrics of the last step's weights on validation and test."""
+    def _evaluate(
+        self, trainer: L.Trainer, module: LitAdapted, data: TextData, splits: Sequence[str]
+    ) -> dict[str, dict[str, float]]:
+        """Metrics of the last step's weights on validation and every test split; NaN where one is not defined."""
         trainer.validate(module, datamodule=data, verbose=False)
         validation = dict(trainer.callback_metrics)
         trainer.test(module, datamodule=data, verbose=False)
         values = {**validation, **trainer.callback_metrics}
         metrics = {
             split: {name: values[f"{split}/{name}"].item() for name in (*self.parts.task.metrics, "loss")}
-            for split in ("validation", "test")
+            for split in splits
         }
-        if wrong := [split for split, found in metrics.items() if not all(map(math.isfinite, found.values()))]:
+        if wrong := [split for split, found in metrics.items() if not math.isfinite(found["loss"])]:
             raise FloatingPointError(f"the loss on {wrong} is not finite after training; lower optimizer.lr")
         return metrics
 
@@ -261,7 +312,7 @@ class _Run:
             raise RuntimeError(
                 f"{module.model.held_parameters} parameters are held, {allocation['spent']} were allocated"
             )
-        predictions = {split: module.predictions(split) for split in ("validation", "test")}
+        predictions = {split: module.predictions(split) for split in metrics}
         collapsed = {
             split: module.task.collapsed(found["prediction"], found["labels"]) for split, found in predictions.items()
         }
@@ -278,7 +329,7 @@ class _Run:
                 "budget": allocation["budget"],
                 "unspent": allocation["unspent"],
                 "head": head,
-                "backbone": module.model.space.survey.parameters - head,
+                "backbone": module.model.space.survey.parameters,
             },
             "sites": {
                 "candidates": len(module.model.space.sites),
@@ -290,6 +341,7 @@ class _Run:
                 "note": splits.note,
                 "origin": origin,
                 "sizes": {split: len(table) for split, table in splits.tables.items()},
+                "labels": None if self.parts.task.labels is None else list(self.parts.task.labels),
             },
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
@@ -301,22 +353,14 @@ class _Run:
         }
 
     def _write_results(self, module: LitAdapted, summary: Mapping[str, Any]) -> None:
-        for split in ("validation", "test"):
-            found, labels = module.predictions(split), self.parts.task.labels
-            table = pd.DataFrame(
-                {
-                    "index": found["index"],
-                    "label": [labels[code] for code in found["labels"]],
-                    "prediction": [labels[code] for code in found["prediction"]],
-                    **{f"logit_{name}": found["logits"][:, code] for code, name in enumerate(labels)},
-                }
-            )
+        for split in summary["metrics"]:
+            table = self.parts.task.prediction_table(module.predictions(split))
             write_whole(self.folder / f"predictions_{split}.csv", partial(table.to_csv, index=False))
         state = {key: value.cpu().contiguous() for key, value in module.state_dict().items()}
         metadata = {"format": "heterolora-1", "backbone": str(summary["backbone"])}
         write_whole(self.folder / "adapter.safetensors", lambda path: save_file(state, path, metadata))
         self._join_metrics()
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", {**summary, "metrics": without_nan(summary["metrics"])})
 
     def _join_metrics(self) -> None:
         """The curves of the earlier processes, then ours."""
@@ -332,6 +376,36 @@ class _Run:
             keys.remove("proxy")
         chosen = ", ".join(str(self.parts.choices.get(key, "?")) for key in keys)
         return f"{self.parts.task.name}: {chosen}, seed {self.parts.seed}"
+
+
+def _kept_by_a_step(module: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
+    """MiB that one training step keeps for its backward pass, with an adapter of rank 1 at every candidate site."""
+    model, counter = module.model, Kept()
+    model.enable(dict.fromkeys(model.ranks, 1), module.seed)
+    module.train()
+    try:
+        with counter.counting([*model.parameters(), *model.buffers()]):
+            loss = module.scalar_loss(model, batch)
+        del loss
+    finally:
+        model.enable({}, module.seed)
+    return counter.mib
+
+
+def with_labels(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """The config with the names of the classes, which it may leave to the data: a run's folder must not need them."""
+    node = dict(config["task"])
+    if "labels" in node and task.labels is not None:
+        node["labels"] = list(task.labels)
+    return {**config, "task": node}
+
+
+def without_nan(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Metrics for JSON, which has no NaN: null where one is not defined."""
+    return {
+        split: {name: None if math.isnan(value) else value for name, value in values.items()}
+        for split, values in metrics.items()
+    }
 
 
 def site_rows(space: Space, result: SearchResult, family: AdapterFamily) -> list[list[Any]]:

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from heterolora.backbone import Tiny, byte_tokenizer
-from heterolora.data.module import Data, TextData
+from heterolora.data.files import read_columns
+from heterolora.data.module import Data, TextData, encode
 from heterolora.data.sampler import SimilarLength
 from heterolora.data.sources import Glue, MovieReviews
 from heterolora.data.splits import Splits
+from heterolora.data.tokens import tokenise_table
 from heterolora.errors import SettingError
-from heterolora.lit import LitAdapted, Optimizer
+from heterolora.lit import LitAdapted, Optimizer, in_file_order
 from heterolora.run import HINTS
+from heterolora.tasks.base import text_columns
+from heterolora.tasks.choice import Choice
 from heterolora.tasks.classification import Classification
 from tests.conftest import adapt
 
@@ -60,7 +64,7 @@ def flat(lists):
 
 
 def lengths(data, split, indices):
-    return [len(data.examples[split][index]["input_ids"]) for index in indices]
+    return [len(data.examples[split][index]["input_ids"][0]) for index in indices]
 
 
 def equal_batches(first, second):
@@ -94,7 +98,7 @@ def test_splits_are_read_below_the_root(tmp_path, monkeypatch):
         (folder / name).write_text("index\tsentence1\tsentence2\tlabel\n" + "".join(lines))
     task = make_task(source=Glue("rte"), text=["sentence1", "sentence2"], labels=["entailment", "not_entailment"])
     monkeypatch.setenv("HOME", str(tmp_path))
-    splits, origin = settings(root="~/sets", limit=20).splits(task)
+    splits, origin, _ = settings(root="~/sets", limit=20).splits(task)
     assert {name: len(table) for name, table in splits.tables.items()} == {"train": 20, "validation": 4, "test": 10}
     assert origin == str(folder)
 
@@ -253,7 +257,7 @@ def test_warmup_goes_on_for_ever_in_new_orders():
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_evaluation_goes_by_length_and_the_index_restores_the_file(split):
     data = make_data()
-    batches = list(data.val_dataloader() if split == "validation" else data.test_dataloader())
+    batches = list(data.val_dataloader() if split == "validation" else data.test_dataloader()["test"])
     order = flat(rows(batches))
     assert [len(batch["labels"]) for batch in batches[:-1]] == [7] * (len(batches) - 1)
     assert lengths(data, split, order) == sorted(lengths(data, split, range(SIZES[split])))
@@ -265,10 +269,89 @@ def test_evaluation_goes_by_length_and_the_index_restores_the_file(split):
 
 def test_evaluation_pads_less_than_file_order():
     data = make_data()
-    used = sum(batch["input_ids"].numel() for batch in data.test_dataloader())
+    used = sum(batch["input_ids"].numel() for batch in data.test_dataloader()["test"])
     order = range(SIZES["test"])
     in_file_order = [lengths(data, "test", order[at : at + 7]) for at in range(0, len(order), 7)]
     assert used < 0.75 * sum(max(batch) * len(batch) for batch in in_file_order)
+
+
+def test_every_test_split_has_a_loader():
+    tables = made_up_splits(SIZES | {"test_hard": 9}).tables
+    data = make_data(splits=Splits(tables, "made up"))
+    loaders = data.test_dataloader()
+    assert list(loaders) == ["test", "test_hard"]
+    assert sorted(flat(rows(loaders["test_hard"]))) == list(range(9))
+
+
+# -- other tasks ------------------------------------------------------------------------------------------------------
+
+CHOICE = Choice("made_up", None, ["ask"], ["one", "two"], ["accuracy"], "max", 80)
+
+
+def choice_data():
+    def table(size):
+        columns = {"ask": [words(row) for row in range(size)], "one": ["a"] * size, "two": ["bcd"] * size}
+        return pd.DataFrame(columns | {"label": [row % 2 for row in range(size)]})
+
+    splits = Splits({name: table(size) for name, size in SIZES.items()}, "made up")
+    return TextData(splits, CHOICE, byte_tokenizer(), None, settings(), 0)
+
+
+def test_a_batch_holds_the_alternatives_of_an_example_side_by_side():
+    data = choice_data()
+    for batch in data.train_dataloader():
+        assert len(batch["input_ids"]) == len(batch["attention_mask"]) == 2 * len(batch["labels"])
+        texts = byte_tokenizer().batch_decode(batch["input_ids"], skip_special_tokens=True)
+        wanted = [words(row) + choice for row in batch["index"].tolist() for choice in ("a", "bcd")]
+        assert texts == wanted
+        assert batch["labels"].tolist() == [row % 2 for row in batch["index"].tolist()]
+        longest = max(len(ids) for row in batch["index"].tolist() for ids in data.examples["train"][row]["input_ids"])
+        assert batch["input_ids"].shape[1] == longest
+
+
+def test_labels_that_are_numbers_are_float32():
+    splits = made_up_splits()
+    tables = {name: table.assign(label=table.index / 7) for name, table in splits.tables.items()}
+    batch = next(iter(make_data(splits=Splits(tables, "made up")).train_dataloader()))
+    assert batch["labels"].dtype == torch.float32
+    torch.testing.assert_close(batch["labels"], batch["index"] / 7)
+
+
+# -- one table --------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_of_its_own_gives_the_batches_of_a_split():
+    data, table = make_data(), made_up_splits().tables["test"]
+    assert equal_batches(
+        list(encode(table, make_task(), byte_tokenizer(), None, 7)), list(data.test_dataloader()["test"])
+    )
+    without = list(encode(table.drop(columns="label"), make_task(), byte_tokenizer(), None, 7))
+    labelled = [
+        {key: value for key, value in batch.items() if key != "labels"} for batch in data.test_dataloader()["test"]
+    ]
+    assert equal_batches(without, labelled)
+
+
+def test_new_texts_of_a_choice():
+    table = pd.DataFrame({"ask": ["why", "how"], "one": ["a", "b"], "two": ["c", "d"]})
+    (batch,) = encode(table, CHOICE, byte_tokenizer(), None, 7)
+    assert len(batch["input_ids"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"other": ["x"]}, r"task\.text=\['text'\]: columns \['text'\] are missing, there are \['other'\]"),
+        ({"text": []}, "has no rows"),
+        ({"text": ["x", None]}, "row 2 has no 'text'"),
+        ({"text": ["x", 3]}, r"column 'text' is no text: row 2 has 3 \(int\)"),
+    ],
+)
+def test_a_table_without_texts_is_refused(table, message):
+    with pytest.raises(SettingError, match=message):
+        encode(pd.DataFrame(table), make_task(), byte_tokenizer(), None, 7)
+    with pytest.raises(SettingError, match="this model's limit is 32"):
+        encode(pd.DataFrame({"text": ["x"]}), make_task(), byte_tokenizer(), 32, 7)
 
 
 def make_lit():
@@ -280,7 +363,7 @@ def make_lit():
 def alone(model, example):
     """Logits of one example without any padding."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([example["input_ids"]])).logits[0]
+        return model(input_ids=torch.tensor(example["input_ids"])).logits[0]
 
 
 @hushed
@@ -294,6 +377,49 @@ def test_predictions_are_in_file_order():
     assert torch.unique(wanted, dim=0).shape[0] == 50  # so that no row could stand for another
     torch.testing.assert_close(found["logits"], wanted)
     assert torch.equal(found["prediction"], found["logits"].argmax(1))
+
+
+@hushed
+def test_every_test_split_is_evaluated_by_itself():
+    tables = made_up_splits(SIZES | {"test_hard": 9}).tables
+    data, lit, trainer = make_data(splits=Splits(tables, "made up")), make_lit(), quiet_trainer()
+    (first, second) = trainer.test(lit, data, verbose=False)
+    logged = first | second
+    assert logged.keys() == {f"{split}/{name}" for split in ("test", "test_hard") for name in ("accuracy", "loss")}
+    for split, size in (("test", 50), ("test_hard", 9)):
+        found = lit.predictions(split)
+        assert found["labels"].tolist() == tables[split]["label"].tolist()
+        assert len(found["labels"]) == size
+        assert logged[f"{split}/accuracy"] == pytest.approx(
+            (found["prediction"] == found["labels"]).float().mean().item()
+        )
+        loss = torch.nn.functional.cross_entropy(found["logits"], found["labels"]).item()
+        assert logged[f"{split}/loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_from_new_texts_to_names(tmp_path):
+    """What a command that predicts does."""
+    (tmp_path / "new.csv").write_text("text\nx\nlonger than the first\nxy\n")
+    lit, task = make_lit(), make_task()
+    table = read_columns(tmp_path / "new.csv", text_columns(task.inputs), None, "input")
+    parts = []
+    for batch in encode(table, task, byte_tokenizer(), None, 2):
+        with torch.no_grad():
+            logits = task.logits(lit.model.eval(), batch)
+        parts.append({"index": batch["index"], "prediction": task.predict(logits), "logits": logits})
+    found = task.prediction_table(in_file_order(parts))
+    assert list(found) == ["index", "prediction", "logit_no", "logit_yes"]
+    assert found["index"].tolist() == [0, 1, 2]
+    wanted = [alone(lit.model.eval(), example) for example in tokenise_table(table, byte_tokenizer(), task.inputs, 64)]
+    torch.testing.assert_close(torch.tensor(found[["logit_no", "logit_yes"]].to_numpy()), torch.stack(wanted))
+
+
+@hushed
+def test_a_single_loader_is_the_test_split():
+    lit = make_lit()
+    table = made_up_splits().tables["validation"]
+    quiet_trainer().test(lit, encode(table, make_task(), byte_tokenizer(), None, 7), verbose=False)
+    assert lit.predictions("test")["labels"].tolist() == table["label"].tolist()
 
 
 @hushed

@@ -22,7 +22,10 @@ def paired(backbone, rank=2):
     ours.enable(dict.fromkeys(ours.ranks, rank), seed=0)
     randomise(ours)
     targets = sorted({site.source.module for site in ours.space.sites})
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
+    transposed = hasattr(backbone.get_submodule(targets[0]), "nx")  # Conv1D
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=transposed
+    )
     theirs = get_peft_model(theirs_base, config)
     modules = dict(theirs.base_model.model.named_modules())
     pairs = [(ours.adapter(site.name), modules[site.source.module]) for site in ours.space.sites]

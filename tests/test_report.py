@@ -118,7 +118,7 @@ def space():
     """Three layers of BERT: two LoRA roles and shortcuts of spans 1 to 3."""
     found = survey(make_backbone("bert"))
     include = [{"kind": "lora", "role": "q"}, {"kind": "lora", "role": "down"}, "shortcut"]
-    return SearchSpace(include, [], None, [1, 2, 3], False).resolve(found)
+    return SearchSpace(include, [], None, [1, 2, 3], False, "kind").resolve(found)
 
 
 def allocate(space, **ranks):
@@ -154,7 +154,7 @@ def test_linear_layers_come_first_and_short_spans_before_long_ones(space):
 
 def test_layers_without_a_site_keep_their_column():
     found = survey(make_backbone("bert"))
-    middle = SearchSpace([{"kind": "lora", "role": "v"}], [], [1], [1], False).resolve(found)
+    middle = SearchSpace([{"kind": "lora", "role": "v"}], [], [1], [1], False, "kind").resolve(found)
     roles, layers, grid = rank_grid(middle, allocate(middle, v_1=3))
     assert (roles, layers, grid) == (["v"], [0, 1, 2], [[None, 3, None]])
 
@@ -272,8 +272,23 @@ def test_the_table_has_its_title_and_no_collapse():
 @pytest.mark.parametrize(("collapsed", "other"), [("validation", "test"), ("test", "validation")])
 def test_a_collapsed_split_is_shown(collapsed, other):
     text = shown(make_summary(collapsed={collapsed: True, other: False}))
-    assert row(text, f"{collapsed} COLLAPSED") == "one class is predicted for every example"
+    assert row(text, f"{collapsed} COLLAPSED") == "every example gets (nearly) the same prediction"
     assert f"{other} COLLAPSED" not in text
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_a_metric_that_is_not_defined_says_so(value):
+    text = shown(make_summary(metrics={"validation": {"pearson": 0.5}, "test": {"pearson": value}}))
+    assert row(text, "test pearson") == "not defined"
+    assert row(text, "validation pearson") == "0.5000"
+
+
+def test_every_test_split_is_shown():
+    metrics = make_summary()["metrics"] | {"test_mismatched": {"accuracy": 0.25}}
+    collapsed = {"validation": False, "test": False, "test_mismatched": True}
+    text = shown(make_summary(metrics=metrics, collapsed=collapsed))
+    assert row(text, "test_mismatched accuracy") == "0.2500"
+    assert "test_mismatched COLLAPSED" in text
 
 
 def test_a_budget_of_sites_has_no_number_of_parameters():

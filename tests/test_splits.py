@@ -48,14 +48,14 @@ def sizes(splits):
 
 @pytest.fixture(scope="module")
 def reviews():
-    return MovieReviews("rotten_tomatoes").read(None, ["text"], ["negative", "positive"])
+    return MovieReviews("rotten_tomatoes").read(None, ["text"])
 
 
 # -- real data --------------------------------------------------------------------------------------------------------
 
 
 def test_mrpc_keeps_its_official_splits(data_root):
-    data = Glue("mrpc").read(data_root, PAIR, ["not_equivalent", "equivalent"])
+    data = Glue("mrpc").read(data_root, PAIR)
     splits = make_splits(data, 0.1, 0, None)
     assert sizes(splits) == {"train": 3668, "validation": 408, "test": 1725}
     assert splits.note == "official splits"
@@ -64,7 +64,7 @@ def test_mrpc_keeps_its_official_splits(data_root):
 
 
 def test_rte_tests_on_the_official_validation_set(data_root):
-    data = Glue("rte").read(data_root, PAIR, ["entailment", "not_entailment"])
+    data = Glue("rte").read(data_root, PAIR)
     splits = make_splits(data, 0.1, 0, None)
     assert sizes(splits) == {"train": 2241, "validation": 249, "test": 277}
     pd.testing.assert_frame_equal(splits.tables["test"], data.splits["validation"])
@@ -73,15 +73,14 @@ def test_rte_tests_on_the_official_validation_set(data_root):
 
 
 def test_rte_validation_is_cut_out_of_its_training_set(data_root):
-    data = Glue("rte").read(data_root, PAIR, ["entailment", "not_entailment"])
+    data = Glue("rte").read(data_root, PAIR)
     splits = make_splits(data, 0.1, 0, None)
     parts = pd.concat([splits.tables["train"], splits.tables["validation"]])
     assert Counter(parts.itertuples(index=False, name=None)) == Counter(
         data.splits["train"].itertuples(index=False, name=None)
     )
-    assert splits.tables["validation"]["label"].mean() == pytest.approx(
-        data.splits["train"]["label"].mean(), abs=1 / 249
-    )
+    shares = [(table["label"] == "entailment").mean() for table in (splits.tables["validation"], data.splits["train"])]
+    assert shares[0] == pytest.approx(shares[1], abs=1 / 249)
 
 
 def test_rotten_tomatoes_is_split_in_three(reviews):
@@ -175,6 +174,84 @@ def test_the_source_is_left_as_it_was():
     make_splits(data, 0.1, 0, 5)
     assert set(data.splits) == {"train"}
     pd.testing.assert_frame_equal(data.splits["train"], before)
+
+
+# -- further test sets, a user's own splits, numbers ------------------------------------------------------------------
+
+
+def two_validation_sets():
+    tables = {"train": table_of([0, 1] * 20), "validation": table_of([0, 1], 1000)}
+    return Labelled(tables | {"validation_mismatched": table_of([1, 0, 1], 2000)}, "made up")
+
+
+def test_every_official_validation_set_is_a_test_set_where_test_labels_are_hidden():
+    splits = make_splits(two_validation_sets(), 0.1, 0, None)
+    assert sizes(splits) == {"train": 36, "validation": 4, "test": 2, "test_mismatched": 3}
+    assert splits.tests == ("test", "test_mismatched")
+    assert texts(splits)["test_mismatched"] == ["text 2000", "text 2001", "text 2002"]
+    assert splits.note.startswith("test labels are hidden: test = official validation set, validation = ")
+    assert splits.note.endswith("; test_mismatched = official validation_mismatched set")
+
+
+def test_a_further_set_changes_no_other_split():
+    plain = Labelled({k: v for k, v in two_validation_sets().splits.items() if "mis" not in k}, "made up")
+    with_it, without = (texts(make_splits(data, 0.1, 0, None)) for data in (two_validation_sets(), plain))
+    assert {name: rows for name, rows in with_it.items() if name != "test_mismatched"} == without
+
+
+def test_a_limit_holds_for_further_test_sets():
+    assert sizes(make_splits(two_validation_sets(), 0.1, 0, 2))["test_mismatched"] == 2
+
+
+def test_further_test_sets_of_a_source_are_kept():
+    data = three_sets()
+    found = make_splits(Labelled({**data.splits, "test_hard": table_of([1], 9000)}, "made up"), 0.1, 0, None)
+    assert found.tests == ("test", "test_hard")
+    assert found.note == "official splits"
+
+
+def test_splits_of_unknown_names_are_refused():
+    data = three_sets()
+    with pytest.raises(SettingError, match=r"has splits \['validation_x'\] beside a test set"):
+        make_splits(Labelled({**data.splits, "validation_x": table_of([1])}, "made up"), 0.1, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "note"),
+    [
+        (("train",), "one given set: validation and test = a stratified 10% of the training set (split seed 0) each"),
+        (("train", "validation"), "given validation set; test = a stratified 10% of the training set (split seed 0)"),
+        (("train", "test"), "given test set; validation = a stratified 10% of the training set (split seed 0)"),
+        (("train", "validation", "test"), "given splits"),
+    ],
+)
+def test_a_users_own_splits_are_what_they_are_called(given, note):
+    data = Labelled({name: three_sets((40, 8, 12)).splits[name] for name in given}, "files", official=False)
+    splits = make_splits(data, 0.1, 0, None)
+    assert splits.note == note
+    assert sizes(splits) == {
+        "train": 40 - 4 * (3 - len(given)),
+        "validation": 8 if "validation" in given else 4,
+        "test": 12 if "test" in given else 4,
+    }
+    for name in set(given) - {"train"}:
+        assert texts(splits)[name] == data.splits[name]["text"].tolist()
+
+
+def test_numbers_are_split_without_strata():
+    labels = [row / 7 for row in range(70)]
+    chosen = [make_splits(one_set(labels), 0.1, seed, None) for seed in (0, 0, 1)]
+    assert sizes(chosen[0]) == {"train": 56, "validation": 7, "test": 7}
+    assert "a random 10% of the training set" in chosen[0].note
+    assert texts(chosen[0]) == texts(chosen[1]) != texts(chosen[2])
+    assert chosen[0].tables["validation"]["label"].nunique() == 7
+    assert sizes(make_splits(one_set(labels), 0.1, 0, 5)) == {"train": 5, "validation": 5, "test": 5}
+
+
+def test_a_class_with_one_example_is_in_one_split():
+    splits = make_splits(one_set([0] * 20 + [1] * 20 + [2]), 0.1, 0, None)
+    assert sizes(splits) == {"train": 33, "validation": 4, "test": 4}
+    assert sum((table["label"] == 2).sum() for table in splits.tables.values()) == 1
 
 
 # -- limit ------------------------------------------------------------------------------------------------------------

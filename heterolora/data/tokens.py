@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +19,55 @@ from heterolora.errors import SettingError
 _log = logging.getLogger(__name__)
 
 Example = dict[str, Any]
-"""Token ids and masks as lists, ``labels``, and ``index``: the row in its split."""
+"""Token ids and masks, each a list with one list of numbers for every alternative input; ``labels`` (absent where
+there are none); and ``index``: the row in its split."""
+
+Inputs = Sequence[Sequence[str]]
+"""For every alternative input of an example, its text columns: one sentence or a pair."""
 
 
 def tokenise(
-    tables: Mapping[str, pd.DataFrame], tokenizer: Any, text: Sequence[str], max_length: int, cache: Path | None
+    tables: Mapping[str, pd.DataFrame], tokenizer: Any, inputs: Inputs, max_length: int, cache: Path | None
 ) -> dict[str, list[Example]]:
     """Examples of each split.
 
     Args:
         tables: the splits' texts and labels.
         tokenizer: a transformers tokenizer.
-        text: the text columns: one sentence or a pair.
+        inputs: the text columns of each input that an example makes.
         max_length: longer inputs are cut, the longer sentence of a pair first.
         cache: folder for the tokens; None: keep none.
     """
-    separator = pair_separator(tokenizer) if len(text) == 2 else []
-    folder = None if cache is None else cache / _key(tables, tokenizer, text, max_length, separator)
+    separator = _separator(tokenizer, inputs)
+    folder = None if cache is None else cache / _key(tables, tokenizer, inputs, max_length, separator)
     examples = None if folder is None else _cached(folder, tables)
     if examples is not None:
         _log.info("tokens from %s", folder)
         return examples
-    made = {split: _encode(table, tokenizer, text, max_length, separator) for split, table in tables.items()}
+    made = {split: _encode(table, tokenizer, inputs, max_length, separator) for split, table in tables.items()}
     data = datasets.DatasetDict({split: datasets.Dataset.from_dict(columns) for split, columns in made.items()})
     if folder is not None:
         _save(data, folder)
-    return _examples(data)
+    return {split: _examples(rows) for split, rows in data.items()}
 
 
-def _examples(data: datasets.DatasetDict) -> dict[str, list[Example]]:
-    return {split: [{**row, "index": index} for index, row in enumerate(rows)] for split, rows in data.items()}
+def tokenise_table(table: pd.DataFrame, tokenizer: Any, inputs: Inputs, max_length: int) -> list[Example]:
+    """Examples of one table, as ``tokenise`` makes them; it may have no column ``label``."""
+    columns = _encode(table, tokenizer, inputs, max_length, _separator(tokenizer, inputs))
+    return _examples(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def input_length(example: Example) -> int:
+    """Tokens of its longest input."""
+    return max(map(len, example["input_ids"]))
+
+
+def _separator(tokenizer: Any, inputs: Inputs) -> list[int]:
+    return pair_separator(tokenizer) if any(len(columns) == 2 for columns in inputs) else []
+
+
+def _examples(rows: Iterable[Example]) -> list[Example]:
+    return [{**row, "index": index} for index, row in enumerate(rows)]
 
 
 def _cached(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Example]] | None:
@@ -56,7 +75,7 @@ def _cached(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[
     if not folder.exists():
         return None
     try:
-        examples = _examples(datasets.load_from_disk(folder))
+        examples = {split: _examples(rows) for split, rows in datasets.load_from_disk(folder).items()}
         if {split: [row["labels"] for row in rows] for split, rows in examples.items()} == {
             split: table["label"].tolist() for split, table in tables.items()
         }:
@@ -94,6 +113,18 @@ def pair_separator(tokenizer: Any) -> list[int]:
 
 
 def _encode(
+    table: pd.DataFrame, tokenizer: Any, inputs: Inputs, max_length: int, separator: Sequence[int]
+) -> dict[str, list[Any]]:
+    """Columns of examples: every alternative encoded on its own, then laid side by side."""
+    encoded = [_encode_input(table, tokenizer, columns, max_length, separator) for columns in inputs]
+    rows = {
+        key: [list(alternatives) for alternatives in zip(*(each[key] for each in encoded), strict=True)]
+        for key in encoded[0]
+    }
+    return rows | ({"labels": table["label"].tolist()} if "label" in table else {})
+
+
+def _encode_input(
     table: pd.DataFrame, tokenizer: Any, text: Sequence[str], max_length: int, separator: Sequence[int]
 ) -> dict[str, list[Any]]:
     columns = [table[column].tolist() for column in text]
@@ -104,7 +135,7 @@ def _encode(
             raise SettingError("task.text", list(text), "this tokenizer marks no pairs and is not a fast one")
         for index in range(len(table)):
             _insert(rows, index, encoded.sequence_ids(index).index(1), separator)
-    return {**rows, "labels": table["label"].tolist()}
+    return rows
 
 
 def _insert(rows: Mapping[str, list[Any]], index: int, place: int, separator: Sequence[int]) -> None:
@@ -115,17 +146,19 @@ def _insert(rows: Mapping[str, list[Any]], index: int, place: int, separator: Se
 
 
 def _key(
-    tables: Mapping[str, pd.DataFrame], tokenizer: Any, text: Sequence[str], max_length: int, separator: Sequence[int]
+    tables: Mapping[str, pd.DataFrame], tokenizer: Any, inputs: Inputs, max_length: int, separator: Sequence[int]
 ) -> str:
     digest = hashlib.sha256()
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else tokenizer.get_vocab()
     state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}  # left by other uses
     sides = [tokenizer.truncation_side, list(tokenizer.model_input_names)]
-    settings = [state, type(tokenizer).__name__, sides, list(text), max_length, list(separator), tokenizers.__version__]
+    columns = [list(text) for text in inputs]
+    settings = [state, type(tokenizer).__name__, sides, columns, max_length, list(separator), tokenizers.__version__]
     digest.update(json.dumps(settings).encode())
+    used = dict.fromkeys(column for text in columns for column in text)
     for split, table in sorted(tables.items()):
         digest.update(split.encode())
-        digest.update(table[[*text, "label"]].to_json(orient="values").encode())
+        digest.update(table[[*used, "label"]].to_json(orient="values").encode())
     return digest.hexdigest()[:32]
 
 

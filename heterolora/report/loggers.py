@@ -1,12 +1,14 @@
 """Where curves, tables and pictures go while a run goes on, besides the files of its folder."""
 
+import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from matplotlib.image import imread
 
 from heterolora.errors import SettingError
 
@@ -50,6 +52,55 @@ class Silent:
 
     def close(self, summary: Mapping[str, float] | None) -> None:
         """Nothing."""
+
+
+@dataclass
+class TensorBoard:
+    """TensorBoard event files in ``tensorboard/`` of the run's folder: ``tensorboard --logdir outputs``.
+
+    Curves, the sites' scores and ranks as a table, the picture, and the final metrics beside the config's values.
+    """
+
+    def __post_init__(self) -> None:
+        self._logger: TensorBoardLogger | None = None
+        self._values: dict[str, Any] = {}
+
+    def open(self, folder: Path, name: str, config: Mapping[str, Any]) -> Logger:
+        """One event file for each run."""
+        if importlib.util.find_spec("tensorboard") is None:
+            raise SettingError(
+                "logger", "tensorboard", "needs the package tensorboard: pip install 'heterolora[tensorboard]'"
+            )
+        self._logger = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
+        self._values = dict(_flat(config))
+        return self._logger
+
+    def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
+        """A table in Markdown and an image."""
+        assert self._logger is not None
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
+        self._logger.experiment.add_text("allocation/sites", text)
+        self._logger.experiment.add_image("allocation/picture", imread(picture)[..., :3], dataformats="HWC")
+
+    def close(self, summary: Mapping[str, float] | None) -> None:
+        """Write what is left, and the final metrics."""
+        if self._logger is None:
+            return
+        logger, self._logger = self._logger, None
+        if summary is not None:
+            final = {f"final/{name}": value for name, value in summary.items()}
+            logger.log_hyperparams(self._values, final)
+        logger.finalize("success" if summary is not None else "failed")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``node.key`` and a plain value, for every value of a nested config."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, bool | int | float) else str(value)
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 import re
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,3 +33,40 @@ def peak_mib() -> float:
         unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return host + (torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)
+
+
+def now_mib() -> float | None:
+    """Resident memory of the process in MiB at this moment; None where the system does not say."""
+    if _STATUS.exists() and (match := re.search(r"VmRSS:\s+(\d+) kB", _STATUS.read_text())):
+        return int(match[1]) / 1024
+    return None
+
+
+class Kept:
+    """Bytes that autograd keeps for a backward pass, each storage counted once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def mib(self) -> float:
+        """In MiB."""
+        return sum(self._sizes.values()) / 2**20
+
+    @contextmanager
+    def counting(self, without: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Count what is kept by forwards inside, as long as their graph lives.
+
+        Args:
+            without: tensors that are there anyway, such as weights.
+        """
+        there = {tensor.untyped_storage().data_ptr() for tensor in without}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in there:
+                self._sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            yield

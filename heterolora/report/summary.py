@@ -1,11 +1,13 @@
 """The table at the end of a run."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from heterolora.report.terminal import console
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
@@ -13,11 +15,11 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table = Table(title=escape(summary["title"]), title_justify="left", show_header=False, min_width=60)
     table.add_column(style="bold")
     table.add_column(justify="right", overflow="fold")
-    for split in ("validation", "test"):
-        for name, value in summary["metrics"][split].items():
-            table.add_row(f"{split} {name}", f"{value:.4f}")
+    for split, metrics in summary["metrics"].items():
+        for name, value in metrics.items():
+            table.add_row(f"{split} {name}", _shown(value))
         if summary["collapsed"][split]:
-            table.add_row(f"{split} COLLAPSED", "one class is predicted for every example", style="red")
+            table.add_row(f"{split} COLLAPSED", "every example gets (nearly) the same prediction", style="red")
     table.add_section()
     parameters = summary["parameters"]
     table.add_row("adapter parameters, held", f"{parameters['held']:,}")
@@ -43,8 +45,19 @@ def _duration(seconds: float) -> str:
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """To the terminal; wide enough for paths where there is none."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=110)
-    console.print(summary_table(summary))
+    """To the terminal."""
+    console().print(summary_table(summary))
+
+
+def print_metrics(title: str, metrics: Mapping[str, float], recorded: Mapping[str, float | None]) -> None:
+    """Metrics of an evaluation, beside those that the run wrote down for the same examples."""
+    table = Table(title=escape(title), title_justify="left", show_header=bool(recorded))
+    for column in ("metric", "now", *(["in the run"] if recorded else [])):
+        table.add_column(column)
+    for name, value in metrics.items():
+        table.add_row(name, _shown(value), *([_shown(recorded.get(name))] if recorded else []))
+    console().print(table)
+
+
+def _shown(value: float | None) -> str:
+    return "not defined" if value is None or math.isnan(value) else f"{value:.4f}"

@@ -1,0 +1,7 @@
+"""``python -m heterolora``."""
+
+import sys
+
+from heterolora.cli import main
+
+sys.exit(main())

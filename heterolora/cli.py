@@ -1,0 +1,109 @@
+"""``python -m heterolora sites | evaluate | predict``: look at a backbone's sites, use a finished run."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from heterolora.errors import SettingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit code. Errors that a user can mend are one line on stderr."""
+    parser = argparse.ArgumentParser(prog="heterolora", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sites = commands.add_parser("sites", help="print the sites, taps and costs of a backbone (no weights are read)")
+    sites.add_argument("overrides", nargs="*", help="as for train.py, e.g. model=tiny_llama search_space=lora_qv")
+    sites.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    sites.set_defaults(run=_sites)
+
+    evaluate = commands.add_parser("evaluate", help="metrics of a finished run, on one of its splits or on a file")
+    evaluate.add_argument("folder", metavar="RUN", help="folder of the run")
+    evaluate.add_argument("--split", default="test", help="validation, test, ... (default: test)")
+    evaluate.add_argument("--file", type=Path, help="a labelled file instead: .csv, .tsv, .jsonl, .json or .parquet")
+    evaluate.add_argument("--label", default="label", help="its label column (default: label)")
+    evaluate.add_argument("--data-root", help="folder with local data sets (default: as in the run)")
+    evaluate.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    evaluate.set_defaults(run=_evaluate)
+
+    predict = commands.add_parser("predict", help="predictions of a finished run for new texts, as CSV")
+    predict.add_argument("folder", metavar="RUN", help="folder of the run")
+    predict.add_argument(
+        "--file", type=Path, help="texts: .csv, .tsv, .jsonl, .json or .parquet with the task's columns"
+    )
+    predict.add_argument(
+        "--text", nargs="+", action="append", help="one example: a text, or as many as the task reads; may be repeated"
+    )
+    predict.add_argument("--output", type=Path, help="file for the CSV (default: stdout)")
+    predict.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    predict.set_defaults(run=_predict)
+
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except SettingError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+def _sites(given: argparse.Namespace) -> None:
+    from heterolora.report.sites import print_sites, sites_report
+    from heterolora.run import compose
+    from heterolora.space import survey
+
+    parts = compose(given.overrides)
+    skeleton = parts["model"].skeleton(2)
+    space = parts["search_space"].resolve(survey(skeleton.model, skeleton.layout))
+    report = sites_report(space, parts["adapter"], parts["budget"].resolve(space))
+    if given.json:
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        print_sites(report)
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from heterolora.data.files import read_columns
+    from heterolora.loading import load_run
+    from heterolora.report.summary import print_metrics
+    from heterolora.tasks.base import text_columns
+
+    loaded = load_run(given.folder, given.device)
+    if given.data_root is not None:
+        loaded = replace(loaded, data=replace(loaded.data, root=given.data_root))
+    if given.file is None:
+        table, recorded = loaded.split(given.split), loaded.summary["metrics"].get(given.split, {})
+    else:
+        table = read_columns(given.file, text_columns(loaded.task.inputs), given.label, "--file")
+        table = table.rename(columns={given.label: "label"})
+        table["label"] = loaded.task.encode_labels(table["label"], False, str(given.file))
+        recorded = {}
+    place = f"split {given.split}" if given.file is None else str(given.file)
+    print_metrics(f"{given.folder}: {place}, {len(table)} examples", loaded.evaluate(table), recorded)
+
+
+def _predict(given: argparse.Namespace) -> None:
+    from heterolora.data.files import read_columns
+    from heterolora.loading import load_run, texts_table
+    from heterolora.report.files import write_whole
+    from heterolora.tasks.base import text_columns
+
+    if (given.file is None) == (given.text is None):
+        raise SettingError("predict", "--file and --text", "give one of the two")
+    loaded = load_run(given.folder, given.device)
+    if given.file is None:
+        table = texts_table(loaded.task, given.text)
+    else:
+        table = read_columns(given.file, text_columns(loaded.task.inputs), None, "--file")
+    found: Any = loaded.predict(table).drop(columns="index")
+    joined = table.reset_index(drop=True).join(found.reset_index(drop=True), rsuffix="_of_run")
+    if given.output is None:
+        joined.to_csv(sys.stdout, index=False)
+    else:
+        write_whole(given.output, partial(joined.to_csv, index=False))

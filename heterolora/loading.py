@@ -1,0 +1,147 @@
+"""A finished run, back in memory: the adapted model, shortcuts included, with its tokenizer and its task."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from heterolora.allocation import read_ranks
+from heterolora.build import build
+from heterolora.data.module import Data, encode
+from heterolora.errors import SettingError
+from heterolora.lit import in_file_order
+from heterolora.model import AdaptedModel
+from heterolora.space import survey
+from heterolora.tasks.base import Task, text_columns
+
+_NODES = ("model", "task", "data", "search_space", "adapter")
+_NEEDED = ("config.yaml", "allocation.json", "adapter.safetensors", "summary.json")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """Everything that is needed to use a trained model.
+
+    Attributes:
+        folder: the run's folder.
+        model: the adapted model in evaluation mode, adapters and head filled.
+        tokenizer: the backbone's.
+        positions: tokens that fit into the backbone; None: no limit.
+        task: as it was trained, with the names of its classes.
+        data: where its data come from, and batch sizes.
+        summary: what the run wrote down at its end.
+    """
+
+    folder: Path
+    model: AdaptedModel
+    tokenizer: Any
+    positions: int | None
+    task: Task
+    data: Data
+    summary: Mapping[str, Any]
+
+    def predict(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Predictions for new texts, one row for each row of the table.
+
+        Args:
+            table: the task's text columns; others are left alone.
+
+        Returns:
+            ``index``, ``prediction``, and the logits where the task has classes.
+
+        Raises:
+            SettingError: if a text column or a text is missing.
+        """
+        return self.task.prediction_table(self._outputs(table[[c for c in table if c != "label"]]))
+
+    def evaluate(self, table: pd.DataFrame) -> dict[str, float]:
+        """The task's metrics on a labelled table; NaN where one is not defined.
+
+        Args:
+            table: the task's text columns and ``label``, as ``task.encode_labels`` gives it.
+        """
+        found = self._outputs(table)
+        metrics = self.task.make_metrics()
+        metrics.update(found["prediction"], found["labels"])
+        return {name: value.item() for name, value in metrics.compute().items()}
+
+    def split(self, name: str) -> pd.DataFrame:
+        """A split of the data that the run was made with, labels encoded.
+
+        Raises:
+            SettingError: if the task has no such split, or the data are not there.
+        """
+        splits, _, _ = self.data.splits(self.task)
+        if name not in splits.tables:
+            raise SettingError("split", name, f"possible: {list(splits.tables)}")
+        return splits.tables[name]
+
+    @torch.no_grad()
+    def _outputs(self, table: pd.DataFrame) -> dict[str, torch.Tensor]:
+        device = next(self.model.parameters()).device
+        parts = []
+        for batch in encode(table, self.task, self.tokenizer, self.positions, self.data.eval_batch_size):
+            logits = self.task.logits(self.model, {key: value.to(device) for key, value in batch.items()}).float().cpu()
+            part = {"index": batch["index"], "prediction": self.task.predict(logits), "logits": logits}
+            parts.append(part | ({"labels": batch["labels"]} if "labels" in batch else {}))
+        return in_file_order(parts)
+
+
+def load_run(run: str | Path, device: str = "cpu") -> LoadedRun:
+    """Load a finished run.
+
+    Args:
+        run: its folder.
+        device: where the model shall be.
+
+    Raises:
+        SettingError: if the folder holds no finished run, or the backbone is not the one that was trained.
+    """
+    folder = Path(run).expanduser()
+    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
+        raise SettingError("run", folder, f"no finished run: {missing} missing{_state(folder)}")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    objects = {node: build(config[node], node) for node in _NODES}
+    task: Task = objects["task"]
+    backbone = objects["model"].load(task.outputs, config["seed"])
+    path = folder / "adapter.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            trained_on = (file.metadata() or {}).get("backbone")
+            names = list(file.keys())
+            state = {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError) as error:
+        raise SettingError("run", folder, f"{path.name} cannot be read ({error})") from error
+    if trained_on != backbone.fingerprint:
+        raise SettingError("run", folder, "model.path holds other backbone weights than the run was trained on")
+    space = objects["search_space"].resolve(survey(backbone.model, backbone.layout))
+    model = AdaptedModel(backbone.model, space, objects["adapter"], backbone.head)
+    model.enable(read_ranks(folder / "allocation.json"), config["seed"])
+    model.load_trained_state_dict(state)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    model = model.to(device).eval()
+    data = replace(objects["data"], cache_dir=None)
+    return LoadedRun(folder, model, backbone.tokenizer, backbone.positions, task, data, summary)
+
+
+def texts_table(task: Task, rows: list[list[str]]) -> pd.DataFrame:
+    """New texts, one list for each example, as a table of the task's text columns.
+
+    Raises:
+        SettingError: if a row has another number of texts than the task has columns.
+    """
+    columns = text_columns(task.inputs)
+    if wrong := [row for row in rows if len(row) != len(columns)]:
+        raise SettingError("text", wrong[0], f"this task reads {len(columns)} texts for each example: {columns}")
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _state(folder: Path) -> str:
+    path = folder / "status.json"
+    return f"; its state is {json.loads(path.read_text())['state']}" if path.is_file() else ""
