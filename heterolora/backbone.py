@@ -119,6 +119,10 @@ class Pretrained:
                 self.path,
                 f"holds no tokenizer for its {size} embeddings, only one of {len(tokenizer)} tokens",
             )
+        if (tokenizer.pad_token_id or 0) >= size:
+            raise SettingError(
+                "model.path", self.path, f"its {size} embeddings have none for the padding token {tokenizer.pad_token}"
+            )
         other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
         inside = {name for name, _ in model.named_parameters()} - set(_outside(model))
         if wrong := sorted(other & inside):

@@ -89,6 +89,8 @@ def _evaluate(given: argparse.Namespace) -> None:
 
 
 def _predict(given: argparse.Namespace) -> None:
+    import pandas as pd
+
     from heterolora.data.files import read_columns
     from heterolora.loading import load_run, texts_table
     from heterolora.report.files import write_whole
@@ -102,7 +104,8 @@ def _predict(given: argparse.Namespace) -> None:
     else:
         table = read_columns(given.file, text_columns(loaded.task.inputs), None, "--file")
     found: Any = loaded.predict(table).drop(columns="index")
-    joined = table.reset_index(drop=True).join(found.reset_index(drop=True), rsuffix="_of_run")
+    found = found.rename(columns={name: f"{name}_of_run" for name in found if name in table})
+    joined = pd.concat([table.reset_index(drop=True), found], axis=1)
     if given.output is None:
         joined.to_csv(sys.stdout, index=False)
     else:

@@ -158,6 +158,8 @@ FALCON = Parallel(
                           b.hidden_dropout, b),
     lambda b, x, c: torch.zeros_like(x),
 )  # fmt: skip
+
+
 def _t5_self(b, x, c):
     bias = c.kwargs.get("position_bias", c.args[2] if len(c.args) > 2 else None)
     return b.layer[0](x, attention_mask=c.mask, position_bias=bias)[0] - x

@@ -410,6 +410,15 @@ def test_an_added_token_without_embedding_is_no_reason_to_refuse(tmp_path):
     assert len(loaded.tokenizer) == loaded.model.config.vocab_size + 1
 
 
+def test_a_padding_token_without_embedding_is_refused(tmp_path):
+    tokenizer = unpadded(eos="</s>")
+    settings = stored(tmp_path, tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match=r"^model\.path=.*257 embeddings have none for the padding token \[PAD\]"):
+        settings.load(2, 0)
+
+
 def test_a_tokenizer_for_more_words_than_the_model_knows_is_refused(tmp_path):
     settings = stored(tmp_path, unpadded(eos="</s>"), vocab_size=100)
     with pytest.raises(SettingError, match="holds no tokenizer for its 100 embeddings, only one of 257 tokens"):
@@ -616,13 +625,21 @@ def test_so_many_tokens_fit_and_not_one_more(option):
     [
         ("tiny_falcon", {"alibi": True}, None),
         ("tiny_deberta_v2", {"position_biased_input": True}, 512),
-        ("tiny_roberta", {"max_position_embeddings": 514}, 513),  # the real one pads with token 1: 512
+        ("tiny_roberta", {"max_position_embeddings": 514}, 513),
         ("tiny_gpt2", {"n_positions": 64}, 64),
         ("tiny_t5", {"n_positions": 64}, None),
     ],
 )
 def test_positions_follow_the_config(option, changes, expected):
     assert option_of(option, config=NODES[option]["config"] | changes).load(2, 0).positions == expected
+
+
+def test_robertas_own_positions():
+    """514 embeddings, the first of them those of padding and of nothing."""
+    config = AutoConfig.for_model("roberta", **_SIZES, max_position_embeddings=514, pad_token_id=1)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    assert Backbone(model, None, (), "", None, False).positions == 512
 
 
 # -- skeletons ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from heterolora.report.memory import Kept
 from heterolora.run import RunFailed, newest_checkpoint, train
 from tests.jobs import CONF, StopAt, prepare, run_job
 
@@ -326,3 +328,57 @@ class ByLayer:
 
     def score(self, evidence):
         return {site.name: site.layer + 1.0 for site in evidence.sites}
+
+
+def test_a_dry_run_plans_and_trains_nothing(tmp_path, capsys):
+    cfg = prepare(tmp_path / "full", "trainer.max_epochs=3", "trainer.accumulate=2")
+    (tmp_path / "full").mkdir()
+    train(cfg)
+    summary = json.loads((tmp_path / "full" / "summary.json").read_text())
+    (tmp_path / "dry").mkdir()
+    assert math.isnan(train(prepare(tmp_path / "dry", "run=dry", "trainer.max_epochs=3", "trainer.accumulate=2")))
+    assert {path.name for path in (tmp_path / "dry").iterdir()} == {"status.json", "config.yaml", "plan.json"}
+    plan = json.loads((tmp_path / "dry" / "plan.json").read_text())
+    assert plan["steps"]["optimizer steps"] == summary["steps"]
+    assert plan["budget"] == summary["parameters"]["budget"]
+    assert plan["head_parameters"] == summary["parameters"]["head"]
+    assert plan["backbone_parameters"] == summary["parameters"]["backbone"]
+    assert sum(plan["sites"].values()) == summary["sites"]["candidates"]
+    assert plan["sizes"] == summary["data"]["sizes"]
+    assert plan["memory_mib"]["kept for the backward pass"] > 0
+    assert "expected peak" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_t5"])
+def test_a_dry_run_leaves_an_unfinished_run_alone(tmp_path, model):
+    stop = [f"+callbacks.stop._target_={StopAt.__module__}.StopAt", "+callbacks.stop.epoch=1"]
+    with pytest.raises(RuntimeError, match="broken off"):
+        run_job(tmp_path / "first", f"model={model}", *stop)
+    (tmp_path / "dry").mkdir()
+    train(prepare(tmp_path / "dry", f"model={model}", "run=dry", "resume=true"))
+    assert json.loads((tmp_path / "first" / "status.json").read_text())["state"] == "failed"
+
+
+def test_what_a_step_keeps_for_its_backward_pass_is_counted():
+    """Against the sizes that torch documents: a product keeps its two factors, a view of one is the same storage."""
+    a, b = torch.ones(100, 50, requires_grad=True), torch.ones(50, 30, requires_grad=True)
+    kept = Kept()
+    with kept.counting([b]):
+        product = (a * 2) @ b  # keeps a * 2 (and b, which is there anyway)
+        squared = product.square() * product.view(-1, 30)  # keeps product once, and its square
+    assert kept.mib * 2**20 == (100 * 50 + 2 * 100 * 30) * 4
+    assert squared.requires_grad
+
+
+def test_tensorboard_gets_curves_the_table_the_picture_and_the_final_metrics(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    summary = run_job(tmp_path / "a", "logger=tensorboard", "trainer.max_steps=2", "seed=3")
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), size_guidance={"tensors": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert "validation/accuracy" in tags["scalars"]
+    assert events.Scalars("final/test/accuracy")[-1].value == pytest.approx(summary["metrics"]["test"]["accuracy"])
+    assert tags["images"] == ["allocation/picture"]
+    table = events.Tensors("allocation/sites/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "| 0.q | lora | q | 0 |" in table

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 FOLDER = Path(SPEC.submodule_search_locations[0])
 NODE = yaml.safe_load((ROOT / "conf" / "model" / "smollm2_135m.yaml").read_text())
+PARAMETERS = 134_515_008
 TEXT = "The capital of France is Paris, and the capital of Italy is Rome, where the old emperors built their palaces."
 
 
@@ -59,7 +60,7 @@ def test_its_sites_are_those_of_its_skeleton(loaded):
     assert (found.lora_sites, found.widths) == (sketched.lora_sites, {"": 576})
     assert len(found.lora_sites) == 30 * 7
     assert len(found.shortcut_sites([1, 2])) == 30 * 4 - 1
-    assert found.parameters == sketched.parameters == 134_515_008 - 576
+    assert found.parameters == sketched.parameters == PARAMETERS
 
 
 def test_it_knows_english(loaded, language_model):
@@ -79,11 +80,7 @@ def test_its_tokenizer_is_whole(loaded):
     tokenizer = loaded.tokenizer
     for text in (TEXT, "  two spaces", "naïve café 日本 \n x", "1234 it's"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token) == (
-        "<|im_end|>",
-        "<|im_end|>",
-        "<|endoftext|>",
-    )
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|im_end|>", "<|im_end|>")
     assert tokenizer.pad_token_id not in tokenizer(TEXT)["input_ids"]  # or it would not be pooled at its last token
     assert pair_separator(tokenizer) == [tokenizer.eos_token_id]  # it marks no pairs itself
     assert set(tokenizer("a", "b")) == {"input_ids", "attention_mask"}
@@ -100,7 +97,7 @@ def test_padding_does_not_change_a_texts_logits(loaded):
 def test_a_run_from_the_command_line(tmp_path):
     train(
         tmp_path,
-        *("model=smollm2_135m", "task=rotten_tomatoes", "task.max_length=32", "budget=qv_r2", "logger=none"),
+        *("model=smollm2_135m", "task=rotten_tomatoes", "task.max_length=16", "budget=qv_r2", "proxy=grad_norm"),
         *("data.limit=64", "data.batch_size=4", "data.cache_dir=null", "probe.batches=2", "probe.head_warmup_steps=4"),
         *("trainer.max_steps=4", "trainer.accelerator=cpu"),
     )
@@ -108,7 +105,7 @@ def test_a_run_from_the_command_line(tmp_path):
     parameters = summary["parameters"]
     assert 0 < parameters["held"] <= parameters["budget"]
     assert parameters["head"] == 2 * 576
-    assert parameters["backbone"] == 134_515_008 - 576 or parameters["backbone"] == 134_515_008
+    assert parameters["backbone"] == PARAMETERS
     assert summary["steps"] == 4
     assert all(math.isfinite(value) for found in summary["metrics"].values() for value in found.values())
     folder = Path(summary["folder"])
