@@ -1,5 +1,6 @@
 """Trainer settings."""
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ class TrainerSettings:
             raise SettingError("devices", self.devices, "only 1 is supported so far")
         if self.threads is not None and not 1 <= self.threads <= (os.cpu_count() or 1):
             raise SettingError("threads", self.threads, f"1 to {os.cpu_count()}, or null")
+
+    def steps(self, examples: int, batch_size: int) -> int:
+        """Optimizer steps of a whole training."""
+        batches = math.ceil(examples / batch_size)
+        steps = self.max_epochs * math.ceil(batches / self.accumulate)
+        return steps if self.max_steps == -1 else min(steps, self.max_steps)
 
     def make(self, folder: Path, callbacks: Sequence[Callback], logger: Any, clip: float | None) -> L.Trainer:
         """The trainer; it keeps the newest epoch's checkpoint in ``folder/checkpoints``.

@@ -6,9 +6,8 @@ import logging
 import math
 import platform
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +30,11 @@ from heterolora.data.module import Data, TextData
 from heterolora.data.splits import Splits
 from heterolora.lit import LitAdapted, Optimizer
 from heterolora.model import AdaptedModel
+from heterolora.plan import planned
 from heterolora.proxies.base import Proxy, total
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.loggers import RunLogger
-from heterolora.report.memory import Kept, now_mib, peak_mib, reset_peak
+from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import draw_allocation
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
@@ -158,40 +158,14 @@ class _Run:
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
 
-    # -- without training -------------------------------------------------------------------------------------------
-
     def _plan(self, module: LitAdapted, data: TextData, splits: Splits) -> dict[str, Any]:
-        """Sites, budget, steps, and the memory that a step would need, measured on the longest batch."""
-        parts, model = self.parts, module.model
-        space, budget = model.space, parts.budget.resolve(model.space)
-        batches = math.ceil(len(data.examples["train"]) / parts.data.batch_size)
-        steps = parts.trainer.max_epochs * math.ceil(batches / parts.trainer.accumulate)
-        if parts.trainer.max_steps != -1:
-            steps = min(steps, parts.trainer.max_steps)
-        scored = parts.allocator.gain_rule is not None and bool(parts.proxy.statistics)
-        head = sum(p.numel() for p in model.head_parameters.values())
-        trained = head + (budget if isinstance(budget, int) else 0)
-        loaded, kept = now_mib(), _kept_by_a_step(module, data.longest_batch())
-        optimizer = trained * 4 * 4 / 2**20  # value, gradient and two moments, in float32
+        """What the run would do and need."""
+        parts = self.parts
         plan = {
             "title": f"dry run of {self._title()}",
             "choices": dict(parts.choices),
-            "sites": dict(Counter(f"{site.kind}: {site.label}" for site in space.sites)),
-            "budget": budget if isinstance(budget, int) else asdict(budget),
-            "head_parameters": head,
-            "backbone_parameters": space.survey.parameters,
+            **planned(module, data, parts.budget, parts.probe, parts.trainer, self._scored),
             "sizes": {split: len(table) for split, table in splits.tables.items()},
-            "steps": {
-                "optimizer steps": steps,
-                "head warm-up steps": parts.probe.head_warmup_steps if scored else 0,
-                "batches scored": parts.probe.batches if scored else 0,
-            },
-            "memory_mib": {
-                "process, model loaded": loaded,
-                "adapters, head, optimizer": optimizer,
-                "kept for the backward pass": kept,
-                "expected peak, at least": None if loaded is None else loaded + optimizer + kept,
-            },
             "note": splits.note,
             "folder": str(self.folder),
         }
@@ -200,11 +174,16 @@ class _Run:
         print_plan(plan)
         return plan
 
+    @property
+    def _scored(self) -> bool:
+        """Whether batches are looked at before training."""
+        return self.parts.allocator.gain_rule is not None and bool(self.parts.proxy.statistics)
+
     # -- search -----------------------------------------------------------------------------------------------------
 
     def _search(self, lit: LitAdapted, data: TextData, backbone: Backbone) -> SearchResult:
         parts = self.parts
-        scored = parts.allocator.gain_rule is not None and bool(parts.proxy.statistics)
+        scored = self._scored
         batches, rows = data.scoring_batches(parts.probe.batches) if scored else ([], [])
         device = next(lit.model.backbone.parameters()).device
         result = search(
@@ -376,20 +355,6 @@ class _Run:
             keys.remove("proxy")
         chosen = ", ".join(str(self.parts.choices.get(key, "?")) for key in keys)
         return f"{self.parts.task.name}: {chosen}, seed {self.parts.seed}"
-
-
-def _kept_by_a_step(module: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
-    """MiB that one training step keeps for its backward pass, with an adapter of rank 1 at every candidate site."""
-    model, counter = module.model, Kept()
-    model.enable(dict.fromkeys(model.ranks, 1), module.seed)
-    module.train()
-    try:
-        with counter.counting([*model.parameters(), *model.buffers()]):
-            loss = module.scalar_loss(model, batch)
-        del loss
-    finally:
-        model.enable({}, module.seed)
-    return counter.mib
 
 
 def with_labels(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
