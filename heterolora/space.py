@@ -254,7 +254,7 @@ class SearchSpace:
         spans: lengths of the shortcuts, in sub-layers.
         renorm: apply the block's norm a second time after every add of span 2 or more around an enabled shortcut, as
             the paper does. The adapted model then no longer equals the backbone at step 0.
-        group_by: what makes sites one group for allocators that treat groups apart.
+        group_by: what makes sites one group for allocators that treat groups apart (role and layer: of one stream).
     """
 
     include: Sequence[str | Mapping[str, Any]]
@@ -288,8 +288,12 @@ class SearchSpace:
             raise SettingError("search_space.include", list(self.include), "no site is left after exclude")
         if self.renorm:
             self._check_renorm(sites, found)
-        groups = {site.name: str(getattr(site, self.group_by)) for site in sites}
+        groups = {site.name: self._group(site) for site in sites}
         return Space(tuple(sites), groups, found, self.renorm)
+
+    def _group(self, site: Site) -> str:
+        label = str(getattr(site, self.group_by))
+        return f"{site.stream}.{label}" if site.stream and self.group_by != "kind" else label
 
     def _in_layers(self, sites: Sequence[Site], found: Survey) -> list[Site]:
         if self.layers is None:

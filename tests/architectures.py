@@ -1,5 +1,6 @@
 """Tiny random models, one entry for each variant of the layout table; a new layout joins the contract by one entry."""
 
+import pytest
 import torch
 import transformers
 
@@ -56,6 +57,12 @@ ARCHITECTURES = {
 
 KINDS = ("bert", "opt_pre", "llama", "gpt2", "gemma2", "gpt_neox", "bloom", "deberta_v2", "albert_groups", "t5_gated")
 """One of each kind of block, for what need not be shown for all of them."""
+
+
+def shown(names, quick):
+    """Test parameters of which only ``quick`` are part of the quick tests."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.medium) for name in names]
+
 
 ENCODERS = {"bert", "roberta", "electra", "deberta_v2", "distilbert", "albert", "albert_groups"}
 """Types that generate no text."""

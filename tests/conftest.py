@@ -9,7 +9,7 @@ import torch
 from heterolora.adapters.lora import LoRA
 from heterolora.model import AdaptedModel
 from heterolora.space import SearchSpace, survey
-from tests.architectures import ARCHITECTURES, make_backbone, make_batch
+from tests.architectures import ARCHITECTURES, KINDS, make_backbone, make_batch, shown
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -31,7 +31,7 @@ def data_root() -> Path:
     return path
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
+@pytest.fixture(params=shown(sorted(ARCHITECTURES), KINDS))
 def architecture(request) -> str:
     """Every architecture of the layout table, by name."""
     return request.param

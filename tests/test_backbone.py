@@ -23,6 +23,7 @@ from heterolora.data.tokens import tokenise_table
 from heterolora.errors import SettingError
 from heterolora.layouts import LAYOUTS, find_layouts
 from heterolora.space import survey
+from tests.architectures import shown
 from tests.conftest import ROOT
 
 MINILM = Pretrained(
@@ -49,7 +50,8 @@ def tiny(model_type="bert", **changes):
 
 
 NODES = {path.stem: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "conf" / "model").glob("tiny_*.yaml"))}
-EACH = pytest.mark.parametrize("option", sorted(NODES))
+QUICK = ("tiny_bert", "tiny_llama", "tiny_gpt2", "tiny_t5", "tiny_albert")
+EACH = pytest.mark.parametrize("option", shown(sorted(NODES), QUICK))
 """Every tiny config, one at least for each model type of the layout table."""
 
 HEADS = {"classifier", "pre_classifier", "pooler", "score", "classification_head"}

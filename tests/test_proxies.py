@@ -24,7 +24,7 @@ from heterolora.proxies.plop import Plop
 from heterolora.proxies.snip import Snip
 from heterolora.proxies.spectral import Spectral, inverse_root, squared_singular_values
 from heterolora.search import Probe, score, score_all, untracked
-from tests.architectures import KINDS, SINGLE, make_backbone, make_batch, make_config
+from tests.architectures import KINDS, SINGLE, make_backbone, make_batch, make_config, shown
 from tests.conftest import adapt, some_sites
 
 PROXIES = {path.stem: path for path in sorted(Path("conf/proxy").glob("*.yaml"))}
@@ -49,7 +49,7 @@ def loss(model, batch):
     return torch.nn.functional.cross_entropy(model(**inputs).logits, batch["labels"])
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=shown(KINDS, ("bert", "llama", "gpt2", "albert_groups")))
 def architecture(request) -> str:
     """One of each kind of block: the pass itself is the same for all."""
     return request.param

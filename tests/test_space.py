@@ -210,6 +210,14 @@ def test_groups_are_what_the_setting_says(group_by, labels):
     assert set(space.groups.values()) == labels
 
 
+def test_groups_of_two_streams_are_apart():
+    """The decoder's q is not the encoder's; but LoRA is LoRA in both."""
+    found = {by: set(select(surveyed("t5"), ["q"], group_by=by).groups.values()) for by in ("kind", "role", "layer")}
+    assert found["kind"] == {"lora"}
+    assert found["role"] == {"encoder.q", "decoder.q"}
+    assert found["layer"] == {"encoder.0", "encoder.1", "encoder.2", "decoder.0", "decoder.1"}
+
+
 @pytest.mark.parametrize("group_by", ["span", "", None])
 def test_other_groups_are_refused(group_by):
     node = yaml.safe_load(FILES[0].read_text()) | {"group_by": group_by}
