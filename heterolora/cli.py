@@ -91,7 +91,7 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _predict(given: argparse.Namespace) -> None:
     import pandas as pd
 
-    from heterolora.data.files import read_columns
+    from heterolora.data.files import read_columns, read_table
     from heterolora.loading import load_run, texts_table
     from heterolora.report.files import write_whole
     from heterolora.tasks.base import text_columns
@@ -102,7 +102,8 @@ def _predict(given: argparse.Namespace) -> None:
     if given.file is None:
         table = texts_table(loaded.task, given.text)
     else:
-        table = read_columns(given.file, text_columns(loaded.task.inputs), None, "--file")
+        read_columns(given.file, text_columns(loaded.task.inputs), None, "--file")  # refuses what cannot be used
+        table = read_table(given.file, "--file")  # and all columns, such as ids, come out again
     found: Any = loaded.predict(table).drop(columns="index")
     found = found.rename(columns={name: f"{name}_of_run" for name in found if name in table})
     joined = pd.concat([table.reset_index(drop=True), found], axis=1)

@@ -102,6 +102,8 @@ class Layout:
         needed = ["out_add"] + (["middle_sum", "middle_add", "out_sum"] if self.middle is not None else [])
         if missing := [name for name in needed if not getattr(self, name)]:
             raise SettingError("model.layout", missing, "without these points, shortcuts would join nothing")
+        if self.order is not None and not callable(self.order):
+            raise SettingError("model.layout", self.order, "an order of blocks is a function; leave it away here")
 
 
 def _post_ln(

@@ -21,8 +21,9 @@ def features(module: nn.Module) -> tuple[int, int] | None:
 def frozen_weight(module: nn.Module) -> torch.Tensor:
     """The dense weight ``[out, in]`` of a linear layer of any make.
 
-    ``nn.Linear`` and ``Conv1D`` hold it (the latter transposed); from any other it is read off as its answer to the
-    unit vectors, less its answer to zero, so that quantised or wrapped layers need no case of their own.
+    ``nn.Linear`` and ``Conv1D`` hold it (the latter transposed), which one product confirms; from any other layer it is
+    read off as its answer to the unit vectors, less its answer to zero, so that quantised, wrapped or scaled ones need
+    no case of their own.
 
     Raises:
         TypeError: if the module is no linear layer.
@@ -30,14 +31,23 @@ def frozen_weight(module: nn.Module) -> torch.Tensor:
     width = features(module)
     if width is None:
         raise TypeError(f"{type(module).__name__} is no linear layer")
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
-        if isinstance(module, nn.Linear):
-            return weight.detach()
-        if hasattr(module, "nx"):
-            return weight.detach().T
     parameter = next(module.parameters(), torch.zeros(()))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.is_floating_point():
+        held = weight.detach().T if hasattr(module, "nx") else weight.detach()
+        signs = torch.ones(1, width[0], device=parameter.device, dtype=dtype)
+        signs[:, 1::2] = -1
+        if held.shape == width[::-1] and _close(module.forward(signs), signs @ held.to(dtype).T, module):
+            return held
     units = torch.eye(width[0], device=parameter.device, dtype=dtype)
     answer: torch.Tensor = module.forward(units) - module.forward(torch.zeros_like(units[:1]))
     return answer.T
+
+
+def _close(answer: torch.Tensor, product: torch.Tensor, module: nn.Module) -> bool:
+    """Whether a layer's answer is its weight's product, and its bias, but for rounding."""
+    bias = getattr(module, "bias", None)
+    expected = product if bias is None else product + bias.to(product.dtype)
+    scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return bool((answer - expected).abs().max() <= 10 * torch.finfo(expected.dtype).eps ** 0.5 * scale)

@@ -88,6 +88,8 @@ class _Hook:
         own_input = args[0] if args else None
         if index is None:
             return self._value(output, own_input)
+        if isinstance(output, torch.Tensor):
+            raise RuntimeError(f"{self.point.module} gives a tensor and no tuple; its layout is wrong")
         value = self._value(output[index], own_input)
         return (*output[:index], value, *output[index + 1 :]) if self.writes else None
 
@@ -310,6 +312,8 @@ class AdaptedModel(nn.Module):
             names: the sites to observe.
             backward: tell in the backward pass, with gradients; otherwise in the forward pass, without.
         """
+        if self._probing is not None:
+            raise RuntimeError("the model is observed already; end that first")
         parameter = next(self.backbone.parameters())
         zero = torch.zeros((), device=parameter.device, dtype=adapter_dtype(self.backbone), requires_grad=True)
         self._probing = _Probing(observer, frozenset(names), backward, zero)

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
 from heterolora.errors import SettingError
+from heterolora.layouts import Stack
 from heterolora.linear import features, frozen_weight
-from heterolora.model import AdaptedModel, adapter_dtype
+from heterolora.model import AdaptedModel
 from heterolora.sites import Point, Port, Site, Tap
 
 Flow = tuple[torch.Tensor, torch.Tensor]
@@ -35,7 +36,7 @@ def flows(model: AdaptedModel, sites: Sequence[Site]) -> dict[str, list[Flow]]:
     Raises:
         SettingError: for a backbone with several streams, or one whose taps are not known.
     """
-    if len(model.space.survey.stacks) != 1 or model.space.survey.stacks[""].layout is None:
+    if len(model.space.survey.stacks) != 1 or _only_stack(model).layout is None:
         raise SettingError(
             "proxy", "synflow", f"needs a model of one known stack of blocks, {model.space.survey.model_type} is none"
         )
@@ -54,6 +55,10 @@ def flows(model: AdaptedModel, sites: Sequence[Site]) -> dict[str, list[Flow]]:
         site.name: [(source * _crossed(site, divisors), gradient) for source, gradient in found[site.name]]
         for site in sites
     }
+
+
+def _only_stack(model: AdaptedModel) -> Stack:
+    return next(iter(model.space.survey.stacks.values()))
 
 
 def _crossed(site: Site, divisors: Sequence[float]) -> float:
@@ -75,7 +80,7 @@ def _one_token(model: AdaptedModel) -> dict[str, torch.Tensor]:
 @contextmanager
 def _positive(model: AdaptedModel) -> Iterator[tuple[list[float], list[torch.Tensor]]]:
     """The modules of the blocks compute the positive network; gives the divisor at each block, and the outputs."""
-    backbone, stack = model.backbone, model.space.survey.stacks[""]
+    backbone, stack = model.backbone, _only_stack(model)
     gated = {"gate", "gate_up"} & {site.role for site in model.space.survey.lora_sites}
     downs = {_module(site.source) for site in model.space.survey.lora_sites if gated and site.role == "down"}
     divisors: list[float] = []
@@ -83,7 +88,7 @@ def _positive(model: AdaptedModel) -> Iterator[tuple[list[float], list[torch.Ten
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        x = torch.ones_like(x, dtype=adapter_dtype(backbone)) if not divisors else x
+        x = torch.ones_like(x) if not divisors else x
         divisors.append(x.detach().double().mean().item())
         return (x / divisors[-1], *args[1:])
 
@@ -100,10 +105,18 @@ def _positive(model: AdaptedModel) -> Iterator[tuple[list[float], list[torch.Ten
                 if f"{path}.{name}" in downs:  # the site reads what comes after the gate
                     exits.callback(module.register_forward_pre_hook(_root, prepend=True).remove)
                 if (replacement := _replacement(module)) is not None:
+                    exits.callback(_put_back, module, module.__dict__.get("forward"))
                     module.forward = replacement
-                    exits.callback(module.__dict__.pop, "forward")
         exits.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield divisors, outputs
+
+
+def _put_back(module: nn.Module, forward: Any) -> None:
+    """The forward that the module itself carried (accelerate's hooks are such), or else that of its class."""
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward
 
 
 def _module(point: Point) -> str:

@@ -18,7 +18,7 @@ from heterolora.allocators.base import Allocator, parameters_only
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
-from heterolora.proxies.base import Proxy, Score, check_scores
+from heterolora.proxies.base import Proxy, Score, check_scores, check_weights
 from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Track, gather
 
 
@@ -115,6 +115,7 @@ def search(
     space = model.space
     resolved = budget.resolve(space)
     check_budget(allocator, resolved, model)
+    rehearse(allocator, resolved, model)
     scores: Mapping[str, Score] | None = None
     rule = allocator.gain_rule
     if rule is None:
@@ -142,6 +143,18 @@ def check_budget(allocator: Allocator, budget: int | SiteCount, model: AdaptedMo
         raise SettingError("budget", budget, f"one unit of rank at the cheapest site costs {cheapest}")
     if not allocator.counts_sites:
         parameters_only(budget, type(allocator).__name__.lower())
+
+
+def rehearse(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
+    """Allocate by equal scores, so that limits and ranks that cannot be kept are refused before scoring.
+
+    Raises:
+        SettingError: what the allocator refuses.
+    """
+    if (rule := allocator.gain_rule) is not None:
+        space = model.space
+        gains = rule.gains({site.name: 1.0 for site in space.sites}, space.sites, space.groups)
+        allocator.allocate(gains, model.family.cost(space.sites), budget, space.groups)
 
 
 def score(
@@ -173,10 +186,16 @@ def score_all(
     track: Track = untracked,
 ) -> dict[str, Mapping[str, Score]]:
     """Scores by several proxies, from one pass over the batches for all that share it; see ``search``."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("scoring needs gradients: leave torch.inference_mode() first")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: a pass is not worth a compilation
     sites = model.space.sites
+    for name, proxy in proxies.items():
+        if getattr(proxy, "needs_weights", False):
+            check_weights(name, [site.name for site in sites if model.frozen_weight(site.name) is None])
     statistics = tuple(statistic for proxy in proxies.values() for statistic in proxy.statistics)
     found = {}
-    with untouched(model):
+    with untouched(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         adapters = _probe_adapters(model, probe, seed)
         bench = Bench(model, batches, loss, probe.live, probe.reduction, track)
         gathered: Mapping[Any, Any] = {}
@@ -184,7 +203,8 @@ def score_all(
             if not batches:
                 needing = [name for name, proxy in proxies.items() if proxy.statistics]
                 raise SettingError("probe.batches", 0, f"proxy={','.join(needing)} needs batches to score")
-            _warm_up_head(model, loss, warmup, probe, track)
+            if any(statistic.needs_gradient for statistic in statistics):
+                _warm_up_head(model, loss, warmup, probe, track)
             gathered = gather(bench, adapters, statistics)
         evidence = Evidence(sites, adapters, gathered, model.space.families, bench, seed)
         for name, proxy in proxies.items():
@@ -212,6 +232,7 @@ def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], prob
         return
     model.eval()
     optimizer = torch.optim.AdamW(head, lr=probe.head_warmup_lr, weight_decay=0.0)
+    steps = 0
     with model.disabled():
         for batch in track(
             islice(cycle(warmup), probe.head_warmup_steps), "warming up the head", probe.head_warmup_steps
@@ -219,6 +240,11 @@ def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], prob
             optimizer.zero_grad()
             loss(model, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            steps += 1
+    if steps < probe.head_warmup_steps:
+        raise SettingError(
+            "probe.head_warmup_steps", probe.head_warmup_steps, "there are no batches to warm up on; use 0"
+        )
 
 
 @contextmanager

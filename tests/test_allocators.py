@@ -1106,3 +1106,21 @@ def test_a_normalisation_keeps_the_order_within_a_group_of_equal_sizes(scores, r
 def test_a_rule_needs_some_rank():
     with pytest.raises(SettingError, match="max_rank=0"):
         GainRule("flat", 0, "none")
+
+
+def test_groups_that_are_numbers_can_be_limited():
+    """``search_space.group_by=layer``: YAML and the command line give 0, not '0'."""
+    node = yaml.safe_load((ROOT / "conf" / "allocator" / "greedy.yaml").read_text())
+    allocator = build(node | {"seed": 0, "limits": {0: {"max_rank": 1}}}, "allocator")
+    gains = {"a": [3.0, 2.0, 1.0], "b": [1.0, 1.0, 1.0]}
+    found = allocator.allocate(gains, AdditiveCost({"a": 1, "b": 1}), 4, {"a": "0", "b": "1"})
+    assert found.ranks == {"a": 1, "b": 3}
+
+
+@pytest.mark.parametrize("name", ["greedy", "proportional", "knapsack"])
+def test_a_budget_beyond_all_bounds_buys_everything(name):
+    node = yaml.safe_load((ROOT / "conf" / "allocator" / f"{name}.yaml").read_text())
+    allocator = build(node | {"seed": 0}, "allocator")
+    gains = {"a": [3.0, 2.0], "b": [1.0, 1.0, 1.0]}
+    found = allocator.allocate(gains, AdditiveCost({"a": 2, "b": 3}), 10**20, {"a": "x", "b": "x"})
+    assert found.ranks == {"a": 2, "b": 3}

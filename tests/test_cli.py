@@ -129,3 +129,26 @@ def test_an_experiment_overrides_what_the_config_itself_says(tmp_path):
     config = yaml.safe_load(done.stdout)
     assert config["seed"] == 13
     assert config["proxy"]["_target_"] == "heterolora.proxies.snip.Snip"
+
+
+def test_own_files_are_trained_on_and_predicted_from_the_command_line(tmp_path):
+    """As in docs/tasks.md: a CSV, a run, and its predictions for new text."""
+    words = ["good", "bad", "fine", "awful"]
+    rows = [f'"a {words[i % 4]} film, {i}",{"pos" if i % 2 == 0 else "neg"}' for i in range(80)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["review,mood", *rows]) + "\n")
+    files = [f"task.source.train={tmp_path}/reviews.csv", "task.text=[review]", "task.source.label=mood"]
+    done = command("task=files", *files, *TINY, f"outputs={tmp_path}/outputs", "trainer.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = tmp_path.glob("outputs/*/*/summary.json")
+    (tmp_path / "new.csv").write_text('id,review\n7,"an ""awful"" film"\n8,a nice one\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "heterolora", "predict", str(run.parent), "--file", "new.csv"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    header, *lines = done.stdout.splitlines()
+    assert header == "id,review,prediction,logit_neg,logit_pos"
+    assert [line.rsplit(",", 3)[0] for line in lines] == ['7,"an ""awful"" film"', "8,a nice one"]
+    assert {line.split(",")[-3] for line in lines} <= {"neg", "pos"}

@@ -124,3 +124,12 @@ def test_every_site_of_every_architecture_has_a_weight_of_its_widths(architectur
     for site in survey(model).lora_sites:
         weight = frozen_weight(model.get_submodule(site.source.module))
         assert weight.shape == (site.out_features, site.in_features)
+
+
+def test_a_layer_that_does_more_than_its_weight_says_is_read_off():
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 3
+
+    layer = Scaled(4, 6).double()
+    torch.testing.assert_close(frozen_weight(layer), layer.weight.detach() * 3)

@@ -79,7 +79,7 @@ def test_predict_on_a_file_and_on_texts(mine, tmp_path, capsys):
     assert main(["predict", str(run), "--file", str(path), "--output", str(tmp_path / "out.csv")]) == 0
     out = pd.read_csv(tmp_path / "out.csv")
     assert list(out["review"]) == list(pd.read_csv(path)["review"])
-    assert list(out.columns) == ["review", "prediction", "logit_neg", "logit_pos"]
+    assert list(out.columns) == ["review", "mood", "prediction", "logit_neg", "logit_pos"]
     capsys.readouterr()
     texts = [out["review"][0], out["review"][1]]
     assert main(["predict", str(run), "--text", texts[0], "--text", texts[1]]) == 0

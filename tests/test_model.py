@@ -1,6 +1,7 @@
 """The attachment contract: every architecture of the layout table passes all of it."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -553,3 +554,23 @@ def test_a_backbone_whose_config_breaks_the_hooks_is_refused():
     backbone.config.layerdrop = 0.1
     with pytest.raises(SettingError, match="layerdrop"):
         adapt(backbone)
+
+
+def test_a_model_that_is_observed_cannot_be_observed_again(adapted):
+    name = some_sites(adapted)[0]
+    with (
+        adapted.probing(lambda *seen: None, [name]),
+        pytest.raises(RuntimeError, match="observed already"),
+        adapted.probing(lambda *seen: None, [name]),
+    ):
+        pass
+
+
+def test_a_layout_whose_point_is_no_tuple_says_so():
+    backbone = make_backbone("bert")
+    layout = dataclasses.replace(LAYOUTS["bert"][0], out_add=("B.post[0]",))
+    space = SearchSpace(["shortcut"], [], None, [2], False, "kind").resolve(survey(backbone, layout))
+    model = AdaptedModel(backbone, space, LoRA("constant", 2.0, 0.0))
+    model.enable(ranks_everywhere(model), seed=0)
+    with pytest.raises(RuntimeError, match=r"encoder\.layer\.0 gives a tensor and no tuple"):
+        logits(model, make_batch(backbone))

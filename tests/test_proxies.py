@@ -610,3 +610,81 @@ def test_scores_do_not_depend_on_the_other_sites(backbone, batches):
     )
     for name, value in some.items():
         assert value == pytest.approx(everything[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(PROXIES.keys() - {"constant", "random", "depth", "magnitude"}))
+def test_half_precision_backbones_are_scored(name, architecture):
+    model = adapt(make_backbone(architecture, dtype=torch.bfloat16))
+    if name == "synflow" and architecture.startswith("t5"):
+        return  # refused: see test_contract
+    some = [make_batch(model.backbone, seed=seed) for seed in (3, 4)]
+    found = scored(model, make(name), some, probe=probe(), seed=0)
+    assert all(math.isfinite(total(value)) for value in found.values())
+
+
+def test_the_spectrum_by_both_moments_stays_between_0_and_1(adapted, batches):
+    """Also where a layer is called on what is no text (deberta's table of positions)."""
+    found = score(adapted, loss, batches, [], proxy=make("spectral_both"), probe=probe(), seed=0)
+    assert max(values[0] for values in found.values()) <= 1 + 1e-9
+    assert min(values[-1] for values in found.values()) >= 0
+
+
+def test_synflow_puts_back_a_forward_that_a_module_carried(batches):
+    """accelerate's hooks and a user's patches are such."""
+    model = adapt(make_backbone("bert"))
+    dense = model.backbone.bert.encoder.layer[0].intermediate.dense
+    own = dense.forward
+    dense.forward = lambda x: own(x) * 2
+    score(model, loss, [], [], proxy=make("synflow"), probe=probe(), seed=0)
+    assert dense.forward is dense.__dict__["forward"]
+    x = torch.randn(2, 32, dtype=torch.float64)
+    assert torch.equal(dense.forward(x), own(x) * 2)
+
+
+def test_a_site_that_nothing_was_seen_of_is_refused(batches):
+    backbone = make_backbone("llama")
+    backbone.config.num_hidden_layers = 2  # the third block is there, and never runs
+    with pytest.raises(SettingError, match=r"FactorGradients saw nothing there"):
+        score(adapt(backbone, spans=(1, 2)), loss, [make_batch(backbone)], [], proxy=GradNorm(), probe=probe(), seed=0)
+
+
+def test_a_layer_without_any_input_has_no_feature_norm():
+    backbone = make_backbone("opt_pre")
+    with torch.no_grad():
+        backbone.model.decoder.layers[1].fc1.bias.fill_(-1e6)  # a dead ReLU
+    model = adapt(backbone, ["lora"])
+    with pytest.raises(DegenerateScores, match=r"not finite at \['1.down'\].*search_space\.exclude"):
+        score(model, loss, [make_batch(backbone)], [], proxy=Plop("small", False), probe=probe(), seed=0)
+
+
+def test_what_needs_weights_is_refused_before_anything_is_computed(adapted):
+    for name in ("gora", "plop", "magnitude"):
+        with pytest.raises(SettingError, match=rf"proxy={name}: scores frozen weights"):
+            score(adapted, None, [], [], proxy=make(name), probe=probe(), seed=0, proxy_name=name)
+
+
+def test_the_head_is_warmed_up_only_for_gradients(adapted, batches):
+    calls = []
+
+    def counted(model, batch):
+        calls.append(1)
+        return loss(model, batch)
+
+    for name, expected in (("eva", 2), ("grad_norm", 5)):
+        calls.clear()
+        settings = {"probe": probe(head_warmup_steps=3), "seed": 0}
+        score(adapted, counted, batches, batches, proxy=make(name), **settings)
+        assert len(calls) == expected
+    with pytest.raises(SettingError, match=r"probe\.head_warmup_steps=3: there are no batches"):
+        score(adapted, loss, batches, [], proxy=GradNorm(), probe=probe(head_warmup_steps=3), seed=0)
+
+
+def test_scoring_works_where_gradients_are_off_and_on_a_compiled_model(batches, architecture):
+    model = adapt(make_backbone(architecture))
+    expected = score(model, loss, batches, [], proxy=GradNorm(), probe=probe(), seed=0)
+    with torch.no_grad():
+        assert score(model, loss, batches, [], proxy=GradNorm(), probe=probe(), seed=0) == expected
+    compiled = torch.compile(model, backend="eager")
+    assert score(compiled, loss, batches, [], proxy=GradNorm(), probe=probe(), seed=0) == expected
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        score(model, loss, batches, [], proxy=GradNorm(), probe=probe(), seed=0)

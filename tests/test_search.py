@@ -132,3 +132,10 @@ def test_fixed_repeats_an_allocation(adapted, tmp_path):
 def test_probe_refuses_impossible_values(name, value):
     with pytest.raises(SettingError, match=name):
         probe(**{name: value})
+
+
+def test_limits_that_cannot_be_kept_are_refused_before_scoring(adapted):
+    with pytest.raises(SettingError, match=r"allocator\.limits\.nobody"):
+        run(adapted, allocator=Greedy(0, 8, "harmonic", "none", {"nobody": {"max_rank": 1}}, 0), batches=[])
+    with pytest.raises(SettingError, match=r"min_rank=4: costs"):
+        run(adapted, allocator=Greedy(4, 8, "harmonic", "none", None, 0), batches=[])

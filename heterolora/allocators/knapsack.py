@@ -184,6 +184,9 @@ def _pools(gains: Gains, cost: AdditiveCost, bounds: Bounds, seed: int) -> tuple
     divisor = math.gcd(*open_.values()) or 1
     least = spending(bounds.floors, cost.units, bounds.groups)
     capacity = (bounds.budget - sum(least.values())) // divisor
+    # No more than everything costs: a table need not be longer, however much is allowed.
+    whole = sum(price // divisor * (bounds.caps[name] - bounds.floors[name]) for name, price in open_.items())
+    capacity = min(capacity, whole)
     labels = sorted({*bounds.reserves, *bounds.ceilings})
     pools = []
     for label in [*labels, None]:  # all groups without a share of their own make one pool

@@ -10,8 +10,9 @@ from heterolora.allocators.base import Gains
 from heterolora.cost import AdditiveCost, Cost
 from heterolora.errors import SettingError
 
-Limits: TypeAlias = Mapping[str, Mapping[str, int | float]]
-"""Group -> any of ``min_share``, ``max_share`` (of the budget, 0 to 1), ``min_rank``, ``max_rank`` (of each site)."""
+Limits: TypeAlias = Mapping[str | int, Mapping[str, int | float]]
+"""Group (its label, which for layers is a number) -> any of ``min_share``, ``max_share`` (of the budget, 0 to 1),
+``min_rank``, ``max_rank`` (of each site)."""
 
 KEYS = ("min_share", "max_share", "min_rank", "max_rank")
 
@@ -91,7 +92,7 @@ class LimitRule:
             raise SettingError("max_rank", self.max_rank, "a whole number of at least 1")
         if not 0 <= self.min_rank <= self.max_rank:
             raise SettingError("min_rank", self.min_rank, f"a whole number from 0 to max_rank={self.max_rank}")
-        limits = self.limits or {}
+        limits = self.by_label
         for label, limit in limits.items():
             self._check_values(label, limit)
             self._check_order(label, limit)
@@ -100,9 +101,14 @@ class LimitRule:
             raise SettingError("allocator.limits", least, "the min_share of all groups sum to more than 1")
 
     @property
+    def by_label(self) -> dict[str, Mapping[str, int | float]]:
+        """The limits under the labels of groups."""
+        return {str(label): limit for label, limit in (self.limits or {}).items()}
+
+    @property
     def largest_rank(self) -> int:
         """The largest rank that any site may get."""
-        return max([self.max_rank, *(int(limit.get("max_rank", 0)) for limit in (self.limits or {}).values())])
+        return max([self.max_rank, *(int(limit.get("max_rank", 0)) for limit in self.by_label.values())])
 
     def resolve(self, gains: Gains, cost: Cost, budget: int, groups: Mapping[str, str]) -> Bounds:
         """The bounds of one problem; a reserve is never larger than what its group can spend.
@@ -111,7 +117,7 @@ class LimitRule:
             SettingError: if a group does not exist, or least ranks do not fit.
         """
         labels = {groups[name] for name in gains}
-        for label, limit in (self.limits or {}).items():
+        for label, limit in self.by_label.items():
             if label not in labels:
                 raise SettingError(
                     f"allocator.limits.{label}", dict(limit), f"no such group, there are {sorted(labels)}"
@@ -120,7 +126,7 @@ class LimitRule:
         caps = {name: min(self._rank(groups[name], "max_rank"), len(values)) for name, values in gains.items()}
         self._check_floors(floors, caps, cost, budget, groups)
         shares = {
-            key: {label: limit[key] for label, limit in (self.limits or {}).items() if key in limit} for key in KEYS[:2]
+            key: {label: limit[key] for label, limit in self.by_label.items() if key in limit} for key in KEYS[:2]
         }
         if not isinstance(cost, AdditiveCost):
             self._check_no_shares(shares)
@@ -135,11 +141,11 @@ class LimitRule:
         return bounds
 
     def _rank(self, label: str, key: str) -> int:
-        return int((self.limits or {}).get(label, {}).get(key, getattr(self, key)))
+        return int(self.by_label.get(label, {}).get(key, getattr(self, key)))
 
     def _setting(self, label: str, key: str) -> str:
         """Where a group's rank was set."""
-        return f"allocator.limits.{label}.{key}" if key in (self.limits or {}).get(label, {}) else f"allocator.{key}"
+        return f"allocator.limits.{label}.{key}" if key in self.by_label.get(label, {}) else f"allocator.{key}"
 
     def _check_values(self, label: str, limit: Mapping[str, int | float]) -> None:
         for key, value in limit.items():
@@ -191,7 +197,7 @@ class LimitRule:
                 )
 
     def _check_shares(self, bounds: Bounds, least: Mapping[str, int]) -> None:
-        limits, budget = self.limits or {}, bounds.budget
+        limits, budget = self.by_label, bounds.budget
         for label, ceiling in bounds.ceilings.items():
             if least[label] > ceiling:
                 raise SettingError(

@@ -19,6 +19,9 @@ class Proxy(Protocol):
     Attributes:
         control: the proxy is allowed to give equal scores everywhere.
         remedy: the setting that would help if it does so although it should not.
+
+    A proxy that scores frozen weights says so with ``needs_weights = True``, and is refused before the pass in a space
+    with sites where none acts.
     """
 
     control: bool
@@ -47,11 +50,20 @@ def weights_of(evidence: Evidence, proxy: str) -> dict[str, torch.Tensor]:
         SettingError: if there are sites where no frozen weight acts.
     """
     weights = {site.name: evidence.weight(site.name) for site in evidence.sites}
-    if without := [name for name, weight in weights.items() if weight is None]:
+    check_weights(proxy, [name for name, weight in weights.items() if weight is None])
+    return {name: weight for name, weight in weights.items() if weight is not None}
+
+
+def check_weights(proxy: str, without: Sequence[str]) -> None:
+    """Refuse a space for a proxy of frozen weights, if there are sites where none acts.
+
+    Raises:
+        SettingError: naming some of these sites, and a space that works.
+    """
+    if without:
         raise SettingError(
             "proxy", proxy, f"scores frozen weights, and none acts at {without[:3]}; use search_space=lora_all"
         )
-    return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 def total(score: Score) -> float:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 
 from heterolora.adapters.base import Adapter
+from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
 from heterolora.sites import Site
 
@@ -101,9 +102,20 @@ class SquaredFactorGradients(Statistic):
 class MapGradient(Statistic):
     """G itself, ``[out, in]``."""
 
-    def observe(self, seen: Observation) -> Values:
+    def observe(self, seen: Observation) -> Values | None:
         """The call's G."""
         return (seen.flow.T @ seen.source,)
+
+
+@dataclass(frozen=True)
+class TokenMapGradient(Statistic):
+    """The part of G that comes from real tokens, ``[out, in]``: what moments over tokens can be set against."""
+
+    def observe(self, seen: Observation) -> Values | None:
+        """Nothing of rows that are no tokens."""
+        if seen.real is None:
+            return None
+        return (seen.flow[seen.real].T @ seen.source[seen.real],)
 
 
 @dataclass(frozen=True)
@@ -214,7 +226,7 @@ def gather(
     sums: dict[Statistic, dict[str, Values]] = {statistic: {} for statistic in wanted}
     # A second copy of the values is held only where a batch's are not just added to the others'.
     unsettled: dict[Statistic, dict[str, Values]] = {s: {} for s in wanted if type(s).settle is not Statistic.settle}
-    mask: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
 
     def observe(site: Site, source: torch.Tensor, gradient: torch.Tensor | None) -> None:
         adapter = adapters[site.name]
@@ -223,7 +235,7 @@ def gather(
             adapter,
             source.reshape(-1, site.in_features).to(dtype),
             None if gradient is None else gradient.reshape(-1, site.out_features).to(dtype),
-            _real_rows(source, mask),
+            _real_rows(source, tokens),
             partial(bench.model.frozen_weight, site.name),
         )
         for statistic in wanted:
@@ -231,10 +243,10 @@ def gather(
                 _add((unsettled if statistic in unsettled else sums)[statistic], site.name, values)
 
     def run() -> None:
-        nonlocal mask
+        nonlocal tokens
         with model.probing(observe, adapters, backward) as zero:
             for number, batch in enumerate(bench.track(bench.batches, "scoring", len(bench.batches))):
-                mask = batch.get("attention_mask")
+                tokens = _tokens(batch)
                 with torch.set_grad_enabled(backward):
                     value = bench.checked_loss(number, batch)
                 if backward:
@@ -255,18 +267,37 @@ def gather(
             run()
     finally:
         model.train(was_training)
+    _check_all_seen(sums, adapters)
     for part in (part for values in sums.values() for parts in values.values() for part in parts):
         part *= bench.share
     return sums
 
 
-def _real_rows(source: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+def _check_all_seen(sums: Mapping[Statistic, Mapping[str, Values]], names: Iterable[str]) -> None:
+    for statistic, values in sums.items():
+        if unseen := [name for name in names if name not in values]:
+            raise SettingError(
+                "search_space",
+                unseen[:3],
+                f"{type(statistic).__name__} saw nothing there: the layer was not called, or what it reads are not the "
+                "batch's tokens (chunks, padding of its own, a decoder of another length); exclude these sites",
+            )
+
+
+def _tokens(batch: Batch) -> torch.Tensor | None:
+    """Which tokens of a batch are real, ``[rows, tokens]``; None: it does not say what its tokens are."""
+    if (mask := batch.get("attention_mask")) is not None:
+        return mask.bool()
+    return None if (ids := batch.get("input_ids")) is None else torch.ones_like(ids, dtype=torch.bool)
+
+
+def _real_rows(source: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:
     """Which rows of a source are real tokens, if they are tokens at all."""
     rows = source.reshape(-1, source.shape[-1]).shape[0]
-    if mask is None:
+    if tokens is None:
         return torch.ones(rows, dtype=torch.bool, device=source.device)
-    if source.shape[:-1] == mask.shape or (source.dim() == 2 and rows == mask.numel()):
-        return mask.reshape(-1).bool().to(source.device)
+    if source.shape[:-1] == tokens.shape or (source.dim() == 2 and rows == tokens.numel()):
+        return tokens.reshape(-1).to(source.device)
     return None
 
 

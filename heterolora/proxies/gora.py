@@ -12,6 +12,7 @@ class Gora:
 
     control = False
     remedy = NO_GRADIENT
+    needs_weights = True
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -12,6 +12,7 @@ class Magnitude:
 
     control = False
     remedy = "the frozen weights are all zero"
+    needs_weights = True
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

@@ -41,7 +41,11 @@ class Plop:
     average: bool
 
     control = False
-    remedy = "with one family of sites an average tells nothing apart: use proxy.average=false"
+    remedy = (
+        "with one family of sites an average tells nothing apart (proxy.average=false); where a weight or its inputs "
+        "are all 0 there is no score (search_space.exclude)"
+    )
+    needs_weights = True
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
@@ -58,7 +62,7 @@ class Plop:
         for name, weight in weights_of(evidence, "plop").items():
             found, tokens = evidence.gathered[FeatureNorms()][name]
             isotropic = weight.double().square().sum().sqrt() / weight.shape[1] ** 0.5
-            norms[name] = (found / tokens / isotropic).item()
+            norms[name] = (found / tokens / isotropic).item() or float("nan")  # 0 is no norm to divide by
         if self.average:
             families: dict[str, list[float]] = {}
             for name, norm in norms.items():

@@ -8,7 +8,14 @@ import torch
 
 from heterolora.errors import SettingError
 from heterolora.proxies.base import NO_GRADIENT
-from heterolora.proxies.evidence import Evidence, GradientMoment, InputMoments, MapGradient, Statistic
+from heterolora.proxies.evidence import (
+    Evidence,
+    GradientMoment,
+    InputMoments,
+    MapGradient,
+    Statistic,
+    TokenMapGradient,
+)
 
 
 @dataclass(frozen=True)
@@ -43,17 +50,17 @@ class Spectral:
     def statistics(self) -> tuple[Statistic, ...]:
         """G at each site, and the moments that whiten it."""
         needed: dict[str, tuple[Statistic, ...]] = {
-            "none": (),
-            "inputs": (InputMoments(),),
-            "both": (InputMoments(), GradientMoment()),
+            "none": (MapGradient(),),
+            "inputs": (TokenMapGradient(), InputMoments()),
+            "both": (TokenMapGradient(), InputMoments(), GradientMoment()),
         }
-        return (MapGradient(), *needed[self.whiten])
+        return needed[self.whiten]
 
     def score(self, evidence: Evidence) -> dict[str, list[float]]:
         """min(in, out) values for each site, largest first."""
         scores = {}
         for site in evidence.sites:
-            (matrix,) = evidence.gathered[MapGradient()][site.name]
+            (matrix,) = evidence.gathered[self.statistics[0]][site.name]
             if self.whiten != "none":
                 squares, _, tokens = evidence.gathered[InputMoments()][site.name]
                 # Sums against sums for correlations; else the moment, which does not grow with the batches.

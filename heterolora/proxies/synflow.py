@@ -17,7 +17,10 @@ class Synflow:
     """
 
     control = False
-    remedy = "with B = 0 nothing flows through the factors: use probe.init=random"
+    remedy = (
+        "with B = 0 nothing flows (probe.init=random), through q and k alone nothing does, and float16 may overflow "
+        "(model.dtype=float32)"
+    )
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

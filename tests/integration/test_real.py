@@ -82,6 +82,19 @@ def test_uniform_lora_on_mrpc_learns_the_task(tmp_path, data_root):
     assert not any(summary["collapsed"].values())
 
 
+def test_regression_on_sts_b_learns_the_task(tmp_path, data_root):
+    """A part of the data and one epoch; a backbone that is not adapted knows the order already in part."""
+    train(
+        tmp_path, "task=stsb", "data.limit=1500", "trainer.max_epochs=1", "search_space=lora_qv_shortcuts",
+        "proxy=spectral_inputs", "allocator=knapsack", f"data.root={data_root}",
+    )  # fmt: skip
+    (summary,) = summaries(tmp_path)
+    assert summary["data"]["sizes"] == {"train": 1500, "validation": 575, "test": 1500}
+    assert summary["metrics"]["test"]["pearson"] > 0.4
+    assert summary["metrics"]["test"]["spearman"] > 0.4
+    assert summary["parameters"]["held"] <= summary["parameters"]["budget"]
+
+
 def test_the_wheel_holds_the_configs(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)],
