@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--file", type=Path, help="texts: .csv, .tsv, .jsonl, .json or .parquet with the task's columns"
     )
     predict.add_argument(
-        "--text", nargs="+", action="append", help="one example: a text, or as many as the task reads; may be repeated"
+        "--text", nargs="+", action="append", help="an example: a text, or as many as the task reads (-- before a dash)"
     )
     predict.add_argument("--output", type=Path, help="file for the CSV (default: stdout)")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
@@ -67,16 +67,12 @@ def _sites(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from dataclasses import replace
-
     from heterolora.data.files import read_columns
     from heterolora.loading import load_run
     from heterolora.report.summary import print_metrics
     from heterolora.tasks.base import text_columns
 
-    loaded = load_run(given.folder, given.device)
-    if given.data_root is not None:
-        loaded = replace(loaded, data=replace(loaded.data, root=given.data_root))
+    loaded = load_run(given.folder, given.device, given.data_root)
     if given.file is None:
         table, recorded = loaded.split(given.split), loaded.summary["metrics"].get(given.split, {})
     else:
@@ -98,6 +94,8 @@ def _predict(given: argparse.Namespace) -> None:
 
     if (given.file is None) == (given.text is None):
         raise SettingError("predict", "--file and --text", "give one of the two")
+    if given.output is not None and (given.output.is_dir() or not given.output.parent.is_dir()):
+        raise SettingError("--output", given.output, "needs the name of a file, in a folder that exists")
     loaded = load_run(given.folder, given.device)
     if given.file is None:
         table = texts_table(loaded.task, given.text)
@@ -105,9 +103,16 @@ def _predict(given: argparse.Namespace) -> None:
         read_columns(given.file, text_columns(loaded.task.inputs), None, "--file")  # refuses what cannot be used
         table = read_table(given.file, "--file")  # and all columns, such as ids, come out again
     found: Any = loaded.predict(table).drop(columns="index")
-    found = found.rename(columns={name: f"{name}_of_run" for name in found if name in table})
+    found = found.rename(columns={name: _unused(name, [*table, *found]) for name in found if name in table})
     joined = pd.concat([table.reset_index(drop=True), found], axis=1)
     if given.output is None:
         joined.to_csv(sys.stdout, index=False)
     else:
         write_whole(given.output, partial(joined.to_csv, index=False))
+
+
+def _unused(name: str, taken: Sequence[str]) -> str:
+    """The name of a column, with as many endings as it takes to be new."""
+    while name in taken:
+        name += "_of_run"
+    return name

@@ -75,16 +75,18 @@ class LitAdapted(L.LightningModule):
         task: loss, metrics, predictions.
         optimizer: optimizer settings.
         seed: of the adapters' initialisation and of dropout.
-        fingerprint: of the backbone; a checkpoint of another one is refused.
+        identity: digests of what a checkpoint belongs to (backbone weights, data); one of anything else is refused.
     """
 
-    def __init__(self, model: AdaptedModel, task: Task, optimizer: Optimizer, seed: int, fingerprint: str) -> None:
+    def __init__(
+        self, model: AdaptedModel, task: Task, optimizer: Optimizer, seed: int, identity: Mapping[str, str]
+    ) -> None:
         super().__init__()
         self.model = model
         self.task = task
         self.settings = optimizer
         self.seed = seed
-        self.fingerprint = fingerprint
+        self.identity = dict(identity)
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None
@@ -209,19 +211,18 @@ class LitAdapted(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ranks travel with the weights, and what identifies the run they belong to."""
         checkpoint["ranks"] = {name: rank for name, rank in self.model.ranks.items() if rank}
-        checkpoint["fingerprint"] = self.fingerprint
+        checkpoint["identity"] = self.identity
         checkpoint["seconds"] = {"search": self.search_seconds, "training": self.training_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Enable the sites before their weights are loaded and before the optimizer is made.
 
         Raises:
-            SettingError: if the checkpoint belongs to another backbone.
+            SettingError: if the checkpoint belongs to another backbone or to other data.
         """
-        if checkpoint["fingerprint"] != self.fingerprint:
-            raise SettingError(
-                "resume", "this checkpoint", "it was made with other backbone weights than model.path has"
-            )
+        for what, expected in self.identity.items():
+            if checkpoint["identity"].get(what) != expected:
+                raise SettingError("resume", "this checkpoint", f"it was made with other {what} than there are now")
         self.model.enable(checkpoint["ranks"], self.seed)
         self.search_seconds = checkpoint["seconds"]["search"]
         self._seconds_before = checkpoint["seconds"]["training"]

@@ -35,6 +35,7 @@ class LoadedRun:
         positions: tokens that fit into the backbone; None: no limit.
         task: as it was trained, with the names of its classes.
         data: where its data come from, and batch sizes.
+        precision: the trainer's; bf16-mixed models are evaluated under autocast, as they were.
         summary: what the run wrote down at its end.
     """
 
@@ -44,6 +45,7 @@ class LoadedRun:
     positions: int | None
     task: Task
     data: Data
+    precision: str
     summary: Mapping[str, Any]
 
     def predict(self, table: pd.DataFrame) -> pd.DataFrame:
@@ -64,8 +66,15 @@ class LoadedRun:
         """The task's metrics on a labelled table; NaN where one is not defined.
 
         Args:
-            table: the task's text columns and ``label``, as ``task.encode_labels`` gives it.
+            table: the task's text columns and ``label``: names of classes, or what ``task.encode_labels`` gives.
+
+        Raises:
+            SettingError: if there are no labels, or other ones than the task has.
         """
+        if "label" not in table:
+            raise SettingError("label", list(table), "the table has no column of this name")
+        if table["label"].dtype.kind not in "iuf":
+            table = table.assign(label=self.task.encode_labels(table["label"], False, "the table"))
         found = self._outputs(table)
         metrics = self.task.make_metrics()
         metrics.update(found["prediction"], found["labels"])
@@ -85,20 +94,24 @@ class LoadedRun:
     @torch.no_grad()
     def _outputs(self, table: pd.DataFrame) -> dict[str, torch.Tensor]:
         device = next(self.model.parameters()).device
+        halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         parts = []
         for batch in encode(table, self.task, self.tokenizer, self.positions, self.data.eval_batch_size):
-            logits = self.task.logits(self.model, {key: value.to(device) for key, value in batch.items()}).float().cpu()
+            with torch.autocast(device.type, halves.get(self.precision), enabled=self.precision in halves):
+                logits = self.task.logits(self.model, {key: value.to(device) for key, value in batch.items()})
+            logits = logits.float().cpu()
             part = {"index": batch["index"], "prediction": self.task.predict(logits), "logits": logits}
             parts.append(part | ({"labels": batch["labels"]} if "labels" in batch else {}))
         return in_file_order(parts)
 
 
-def load_run(run: str | Path, device: str = "cpu") -> LoadedRun:
+def load_run(run: str | Path, device: str = "cpu", data_root: str | None = None) -> LoadedRun:
     """Load a finished run.
 
     Args:
         run: its folder.
         device: where the model shall be.
+        data_root: where local data sets are now; None: where they were.
 
     Raises:
         SettingError: if the folder holds no finished run, or the backbone is not the one that was trained.
@@ -106,8 +119,18 @@ def load_run(run: str | Path, device: str = "cpu") -> LoadedRun:
     folder = Path(run).expanduser()
     if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
         raise SettingError("run", folder, f"no finished run: {missing} missing{_state(folder)}")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    objects = {node: build(config[node], node) for node in _NODES}
+    _check_device(device)
+    if data_root is not None and not Path(data_root).expanduser().is_dir():
+        raise SettingError("data_root", data_root, "no such folder")
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        ranks = read_ranks(folder / "allocation.json")
+        if data_root is not None:
+            config["data"]["root"] = data_root
+        objects = {node: build(config[node], node) for node in _NODES}
+    except (ValueError, yaml.YAMLError, KeyError, TypeError) as error:  # a SettingError is a ValueError
+        raise SettingError("run", folder, f"its files are damaged: {' '.join(str(error).split())}") from error
     task: Task = objects["task"]
     backbone = objects["model"].load(task.outputs, config["seed"])
     path = folder / "adapter.safetensors"
@@ -122,12 +145,19 @@ def load_run(run: str | Path, device: str = "cpu") -> LoadedRun:
         raise SettingError("run", folder, "model.path holds other backbone weights than the run was trained on")
     space = objects["search_space"].resolve(survey(backbone.model, backbone.layout))
     model = AdaptedModel(backbone.model, space, objects["adapter"], backbone.head)
-    model.enable(read_ranks(folder / "allocation.json"), config["seed"])
+    model.enable(ranks, config["seed"])
     model.load_trained_state_dict(state)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     model = model.to(device).eval()
     data = replace(objects["data"], cache_dir=None)
-    return LoadedRun(folder, model, backbone.tokenizer, backbone.positions, task, data, summary)
+    precision = config["trainer"]["precision"]
+    return LoadedRun(folder, model, backbone.tokenizer, backbone.positions, task, data, precision, summary)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # unknown, or torch is built without it
+        raise SettingError("device", device, str(error).splitlines()[0]) from error
 
 
 def texts_table(task: Task, rows: list[list[str]]) -> pd.DataFrame:
@@ -144,4 +174,7 @@ def texts_table(task: Task, rows: list[list[str]]) -> pd.DataFrame:
 
 def _state(folder: Path) -> str:
     path = folder / "status.json"
-    return f"; its state is {json.loads(path.read_text())['state']}" if path.is_file() else ""
+    try:
+        return f"; its state is {json.loads(path.read_text())['state']}" if path.is_file() else ""
+    except (ValueError, KeyError):
+        return "; its status.json is damaged"

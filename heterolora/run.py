@@ -90,6 +90,8 @@ def train(cfg: DictConfig) -> float:
             status["resumed_from"] = str(resume.run)
             write_json(folder / "status.json", status)
         summary = run_training(parts, config, folder, resume)
+        if parts.dry:
+            status["state"] = "planned"
         if resume is not None:
             _mark_continued(resume.run, folder)
     if parts.dry:
@@ -210,7 +212,11 @@ def _mark_continued(run: Path, by: Path) -> None:
     earlier: str | None = str(run)
     while earlier is not None:
         path = Path(earlier) / "status.json"
-        status = json.loads(path.read_text())
+        try:
+            status = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError):
+            _log.warning("%s cannot be marked as continued: it was moved, or is damaged", path)
+            return
         write_json(path, status | {"state": "continued", "continued_in": str(by)})
         earlier = status.get("resumed_from")
 
@@ -227,7 +233,7 @@ def _alive(pid: int) -> bool:
 
 @contextmanager
 def _status(folder: Path) -> Iterator[dict[str, Any]]:
-    """Keep ``status.json`` true: running, finished, failed or interrupted.
+    """Keep ``status.json`` true: running, finished (or planned, after a dry run), failed or interrupted.
 
     The file is made exclusively, so that two jobs cannot share a folder.
     """
@@ -260,7 +266,7 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
         by_keyboard = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
         end("interrupted", error="keyboard" if by_keyboard else f"SIGTERM or {type(error).__name__}")
         raise SystemExit(130 if by_keyboard else 143) from error
-    end("finished")
+    end("planned" if status["state"] == "planned" else "finished")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights
 from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Track, gather
+from heterolora.sites import Site
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def search(
     scores: Mapping[str, Score] | None = None
     rule = allocator.gain_rule
     if rule is None:
-        gains = {site.name: [0.0] * min(site.in_features, site.out_features) for site in space.sites}
+        gains = _no_gains(space.sites)
     else:
         scores = score(
             model, loss, batches, warmup, proxy=proxy, probe=probe, seed=seed, proxy_name=proxy_name, track=track
@@ -146,15 +147,22 @@ def check_budget(allocator: Allocator, budget: int | SiteCount, model: AdaptedMo
 
 
 def rehearse(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
-    """Allocate by equal scores, so that limits and ranks that cannot be kept are refused before scoring.
+    """Allocate by equal scores, so that what the allocator cannot keep to is refused before anything is computed.
 
     Raises:
         SettingError: what the allocator refuses.
     """
-    if (rule := allocator.gain_rule) is not None:
-        space = model.space
+    space, rule = model.space, allocator.gain_rule
+    if rule is None:
+        gains = _no_gains(space.sites)
+    else:
         gains = rule.gains({site.name: 1.0 for site in space.sites}, space.sites, space.groups)
-        allocator.allocate(gains, model.family.cost(space.sites), budget, space.groups)
+    allocator.allocate(gains, model.family.cost(space.sites), budget, space.groups)
+
+
+def _no_gains(sites: Sequence[Site]) -> dict[str, list[float]]:
+    """For allocators that look at no scores: how much rank each site can hold."""
+    return {site.name: [0.0] * min(site.in_features, site.out_features) for site in sites}
 
 
 def score(

@@ -38,7 +38,7 @@ from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import draw_allocation
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
-from heterolora.search import Probe, SearchResult, check_budget, search
+from heterolora.search import Probe, SearchResult, check_budget, rehearse, search
 from heterolora.space import SearchSpace, Space, survey
 from heterolora.tasks.base import Task
 from heterolora.trainer import TrainerSettings
@@ -123,15 +123,18 @@ class _Run:
         L.seed_everything(parts.seed, verbose=False)
         splits, origin, task = parts.data.splits(parts.task)
         self.parts = parts = replace(parts, task=task)
-        self.config = with_labels(self.config, task)
+        self.config = for_the_record(self.config, task)
         backbone = parts.model.load(task.outputs, parts.seed)
         space = parts.search_space.resolve(survey(backbone.model, backbone.layout))
         model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
-        check_budget(parts.allocator, parts.budget.resolve(space), model)
+        budget = parts.budget.resolve(space)
+        check_budget(parts.allocator, budget, model)
+        rehearse(parts.allocator, budget, model)
         data = TextData(splits, parts.task, backbone.tokenizer, backbone.positions, parts.data, parts.seed)
-        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, backbone.fingerprint)
+        identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
+        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity)
         if parts.dry:
             return self._plan(module, data, splits)
         callbacks = list(parts.callbacks)
@@ -161,6 +164,8 @@ class _Run:
     def _plan(self, module: LitAdapted, data: TextData, splits: Splits) -> dict[str, Any]:
         """What the run would do and need."""
         parts = self.parts
+        if self._scored:
+            data.scoring_batches(parts.probe.batches)  # refused here as it would be later
         plan = {
             "title": f"dry run of {self._title()}",
             "choices": dict(parts.choices),
@@ -320,6 +325,7 @@ class _Run:
                 "note": splits.note,
                 "origin": origin,
                 "sizes": {split: len(table) for split, table in splits.tables.items()},
+                "sha256": digest(splits, self.parts.task),
                 "labels": None if self.parts.task.labels is None else list(self.parts.task.labels),
             },
             "steps": trainer.global_step,
@@ -357,12 +363,30 @@ class _Run:
         return f"{self.parts.task.name}: {chosen}, seed {self.parts.seed}"
 
 
-def with_labels(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
-    """The config with the names of the classes, which it may leave to the data: a run's folder must not need them."""
-    node = dict(config["task"])
+def for_the_record(config: Mapping[str, Any], task: Task) -> dict[str, Any]:
+    """The config as it can be used later, from anywhere.
+
+    It holds the names of the classes, which a config may leave to the data, and absolute paths of the data.
+    """
+    node, data = dict(config["task"]), dict(config["data"])
     if "labels" in node and task.labels is not None:
         node["labels"] = list(task.labels)
-    return {**config, "task": node}
+    if data["root"]:
+        data["root"] = _absolute(data["root"])
+    files = {key: _absolute(node["source"][key]) for key in ("train", "validation", "test") if node["source"].get(key)}
+    return {**config, "data": data, "task": {**node, "source": {**node["source"], **files}}}
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def digest(splits: Splits, task: Task) -> str:
+    """SHA-256 over the names of the classes, and the texts and labels of all splits, in their order."""
+    found = hashlib.sha256(repr(task.labels and list(task.labels)).encode())
+    for name, table in sorted(splits.tables.items()):
+        found.update(name.encode() + pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes())
+    return found.hexdigest()
 
 
 def without_nan(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

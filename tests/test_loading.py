@@ -174,3 +174,60 @@ def test_sites_of_an_unlisted_type_say_why_there_are_no_shortcuts(capsys):
         main(["sites", *options, "model.config={hidden_size: 32, num_attention_heads: 4, num_hidden_layers: 2}"]) == 0
     )
     assert "no shortcuts: model type 'mpnet' has no layout entry" in capsys.readouterr().out
+
+
+def test_a_run_is_used_where_its_data_are_not_and_evaluated_where_they_are_now(tmp_path, capsys):
+    source = tmp_path / "data" / "glue" / "RTE"
+    source.mkdir(parents=True)
+    rows = [["index", "sentence1", "sentence2", "label"]]
+    rows += [
+        [str(i), f"a man walks {i}", f"somebody {i} moves", ("entailment", "not_entailment")[i % 2]] for i in range(60)
+    ]
+    for name in ("train.tsv", "dev.tsv"):
+        source.joinpath(name).write_text("\n".join("\t".join(row) for row in rows) + "\n")
+    run_job(tmp_path / "run", "task=rte", f"data.root={tmp_path}/data", "trainer.max_steps=2")
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert main(["predict", str(tmp_path / "run"), "--text", "a man walks", "he moves"]) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 1
+    assert f"data.root={tmp_path}/data: no such folder" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--data-root", str(tmp_path / "elsewhere")]) == 0
+    assert main(["evaluate", str(tmp_path / "run"), "--data-root", "/nowhere"]) == 1
+    assert "data_root=/nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_a_run_under_autocast_is_evaluated_under_autocast(tmp_path):
+    run_job(tmp_path / "a", "trainer.precision=bf16-mixed", "trainer.max_steps=2")
+    loaded = heterolora.load_run(tmp_path / "a")
+    recorded = pd.read_csv(tmp_path / "a" / "predictions_test.csv")
+    now = loaded.predict(loaded.split("test"))
+    assert list(now["logit_positive"]) == pytest.approx(list(recorded["logit_positive"]), rel=1e-6, abs=1e-6)
+
+
+def test_labels_of_a_table_may_be_names_and_must_be_there(mine):
+    run, path = mine
+    loaded, table = heterolora.load_run(run), pd.read_csv(path)
+    named = loaded.evaluate(table.rename(columns={"mood": "label"}))
+    coded = loaded.evaluate(table[["review"]].assign(label=(table["mood"] == "pos").astype(int)))
+    assert named == coded
+    with pytest.raises(SettingError, match=r"label=.*no column of this name"):
+        loaded.evaluate(table)
+    with pytest.raises(SettingError, match="device=nowhere"):
+        heterolora.load(run, "nowhere")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json", "allocation.json", "status.json"])
+def test_a_damaged_file_of_a_run_is_named_in_one_line(mine, tmp_path, name):
+    run, _ = mine
+    shutil.copytree(run, tmp_path / "a")
+    (tmp_path / "a" / name).write_text("{torn: [")
+    if name == "status.json":
+        (tmp_path / "a" / "summary.json").unlink()
+    with pytest.raises(SettingError, match="damaged") as error:
+        heterolora.load(tmp_path / "a")
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
+    for output in (tmp_path, tmp_path / "nowhere" / "x.csv"):
+        assert main(["predict", "NO_RUN", "--text", "a", "--output", str(output)]) == 1
+        assert f"--output={output}" in capsys.readouterr().err

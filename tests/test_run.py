@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -382,3 +383,46 @@ def test_tensorboard_gets_curves_the_table_the_picture_and_the_final_metrics(tmp
     assert tags["images"] == ["allocation/picture"]
     table = events.Tensors("allocation/sites/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| 0.q | lora | q | 0 |" in table
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path):
+    (tmp_path / "ranks.json").write_text(json.dumps({"7.q": 1}))
+    fixed = ["allocator=fixed", f"allocator.path={tmp_path}/ranks.json"]
+    for name, overrides, message in (
+        ("a", ["probe.batches=100"], "probe.batches=100"),
+        ("b", fixed, "not in this search space"),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(RunFailed, match=message):
+            train(prepare(tmp_path / name, "run=dry", *overrides))
+
+
+def test_resuming_on_other_data_is_refused(tmp_path):
+    def write(kind):
+        rows = [f"a {word} film {i},{label}" for i in range(30) for word, label in (("good", "pos"), ("bad", kind))]
+        (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+
+    files = ["task=files", f"task.source.train={tmp_path}/mine.csv"]
+    stop = [f"+callbacks.stop._target_={StopAt.__module__}.StopAt", "+callbacks.stop.epoch=1"]
+    write("neg")
+    with pytest.raises(RuntimeError, match="broken off"):
+        run_job(tmp_path / "first", *files, *stop)
+    write("other")
+    with pytest.raises(RunFailed, match="it was made with other data than there are now"):
+        run_job(tmp_path / "second", *files, "resume=true")
+    write("neg")
+    assert run_job(tmp_path / "third", *files, "resume=true")["resumed_from"] == str(tmp_path / "first")
+
+
+def test_a_chain_of_resumes_whose_first_link_is_gone_still_finishes(tmp_path, caplog):
+    def stop(epoch):
+        return [f"+callbacks.stop._target_={StopAt.__module__}.StopAt", f"+callbacks.stop.epoch={epoch}"]
+
+    for name, epoch in (("a", 1), ("b", 2)):
+        with pytest.raises(RuntimeError, match="broken off"):
+            run_job(tmp_path / name, "trainer.max_epochs=3", "resume=true", *stop(epoch))
+    shutil.rmtree(tmp_path / "a")
+    run_job(tmp_path / "c", "trainer.max_epochs=3", "resume=true")
+    states = [json.loads((tmp_path / run / "status.json").read_text())["state"] for run in "bc"]
+    assert states == ["continued", "finished"]
+    assert "cannot be marked as continued" in caplog.text

@@ -56,31 +56,30 @@ class Silent:
 
 @dataclass
 class TensorBoard:
-    """TensorBoard event files in ``tensorboard/`` of the run's folder: ``tensorboard --logdir outputs``.
+    """A TensorBoard event file in ``tensorboard/`` of the run's folder: ``tensorboard --logdir outputs``.
 
-    Curves, the sites' scores and ranks as a table, the picture, and the final metrics beside the config's values.
+    Curves, the sites' scores and ranks as a table, the picture, the config, and the final metrics. A resumed run has
+    the curves from there on; the earlier ones stay in the folder of the earlier run.
     """
 
     def __post_init__(self) -> None:
         self._logger: TensorBoardLogger | None = None
-        self._values: dict[str, Any] = {}
 
     def open(self, folder: Path, name: str, config: Mapping[str, Any]) -> Logger:
-        """One event file for each run."""
+        """The event file."""
         if importlib.util.find_spec("tensorboard") is None:
             raise SettingError(
                 "logger", "tensorboard", "needs the package tensorboard: pip install 'heterolora[tensorboard]'"
             )
         self._logger = TensorBoardLogger(folder, name="", version="tensorboard", default_hp_metric=False)
-        self._values = dict(_flat(config))
+        rows = [["setting", "value"], *_flat(config)]
+        self._logger.experiment.add_text("config", _markdown(rows))
         return self._logger
 
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
         """A table in Markdown and an image."""
         assert self._logger is not None
-        lines = [columns, ["---"] * len(columns), *rows]
-        text = "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
-        self._logger.experiment.add_text("allocation/sites", text)
+        self._logger.experiment.add_text("allocation/sites", _markdown([columns, *rows]))
         self._logger.experiment.add_image("allocation/picture", imread(picture)[..., :3], dataformats="HWC")
 
     def close(self, summary: Mapping[str, float] | None) -> None:
@@ -88,9 +87,8 @@ class TensorBoard:
         if self._logger is None:
             return
         logger, self._logger = self._logger, None
-        if summary is not None:
-            final = {f"final/{name}": value for name, value in summary.items()}
-            logger.log_hyperparams(self._values, final)
+        for name, value in (summary or {}).items():
+            logger.experiment.add_scalar(f"final/{name}", value)
         logger.finalize("success" if summary is not None else "failed")
 
 
@@ -100,7 +98,13 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, bool | int | float) else str(value)
+            yield f"{prefix}{key}", value
+
+
+def _markdown(rows: Sequence[Sequence[Any]]) -> str:
+    """A table; the first row is its head."""
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join("" if cell is None else str(cell) for cell in line) + " |" for line in lines)
 
 
 @dataclass
