@@ -24,8 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     evaluate = commands.add_parser("evaluate", help="metrics of a finished run, on one of its splits or on a file")
     evaluate.add_argument("folder", metavar="RUN", help="folder of the run")
     evaluate.add_argument("--split", default="test", help="validation, test, ... (default: test)")
-    evaluate.add_argument("--file", type=Path, help="a labelled file instead: .csv, .tsv, .jsonl, .json or .parquet")
-    evaluate.add_argument("--label", default="label", help="its label column (default: label)")
+    evaluate.add_argument(
+        "--file",
+        type=Path,
+        help="a labelled file instead: .csv, .tsv, .jsonl, .json, .parquet; or one of the task's own",
+    )
+    evaluate.add_argument("--label", help="its label column (default: as in the run)")
     evaluate.add_argument("--data-root", help="folder with local data sets (default: as in the run)")
     evaluate.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     evaluate.set_defaults(run=_evaluate)
@@ -67,19 +71,15 @@ def _sites(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    from heterolora.data.files import read_columns
+    from heterolora.data.module import read_labelled
     from heterolora.loading import load_run
     from heterolora.report.summary import print_metrics
-    from heterolora.tasks.base import text_columns
 
     loaded = load_run(given.folder, given.device, given.data_root)
     if given.file is None:
         table, recorded = loaded.split(given.split), loaded.summary["metrics"].get(given.split, {})
     else:
-        table = read_columns(given.file, text_columns(loaded.task.inputs), given.label, "--file")
-        table = table.rename(columns={given.label: "label"})
-        table["label"] = loaded.task.encode_labels(table["label"], False, str(given.file))
-        recorded = {}
+        table, recorded = read_labelled(given.file, loaded.task, given.label, "--file"), {}
     place = f"split {given.split}" if given.file is None else str(given.file)
     print_metrics(f"{given.folder}: {place}, {len(table)} examples", loaded.evaluate(table), recorded)
 
@@ -87,10 +87,9 @@ def _evaluate(given: argparse.Namespace) -> None:
 def _predict(given: argparse.Namespace) -> None:
     import pandas as pd
 
-    from heterolora.data.files import read_columns, read_table
+    from heterolora.data.module import read_texts
     from heterolora.loading import load_run, texts_table
     from heterolora.report.files import write_whole
-    from heterolora.tasks.base import text_columns
 
     if (given.file is None) == (given.text is None):
         raise SettingError("predict", "--file and --text", "give one of the two")
@@ -100,8 +99,7 @@ def _predict(given: argparse.Namespace) -> None:
     if given.file is None:
         table = texts_table(loaded.task, given.text)
     else:
-        read_columns(given.file, text_columns(loaded.task.inputs), None, "--file")  # refuses what cannot be used
-        table = read_table(given.file, "--file")  # and all columns, such as ids, come out again
+        table = read_texts(given.file, loaded.task, "--file")  # all columns, such as ids, come out again
     found: Any = loaded.predict(table).drop(columns="index")
     found = found.rename(columns={name: _unused(name, [*table, *found]) for name in found if name in table})
     joined = pd.concat([table.reset_index(drop=True), found], axis=1)

@@ -169,7 +169,7 @@ def texts_table(task: Task, rows: list[list[str]]) -> pd.DataFrame:
     columns = text_columns(task.inputs)
     if wrong := [row for row in rows if len(row) != len(columns)]:
         raise SettingError("text", wrong[0], f"this task reads {len(columns)} texts for each example: {columns}")
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns, dtype=object)
 
 
 def _state(folder: Path) -> str:

@@ -87,7 +87,7 @@ def test_batches_of_less_than_one_example_are_refused(name, value):
 
 def test_a_root_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(SettingError, match="no such folder"):
-        settings(root=str(tmp_path / "nowhere"))
+        settings(root=str(tmp_path / "nowhere")).splits(make_task())
 
 
 def test_splits_are_read_below_the_root(tmp_path, monkeypatch):
@@ -309,12 +309,11 @@ def test_a_batch_holds_the_alternatives_of_an_example_side_by_side():
         assert batch["input_ids"].shape[1] == longest
 
 
-def test_labels_that_are_numbers_are_float32():
+def test_labels_that_are_numbers_keep_their_digits():
     splits = made_up_splits()
     tables = {name: table.assign(label=table.index / 7) for name, table in splits.tables.items()}
     batch = next(iter(make_data(splits=Splits(tables, "made up")).train_dataloader()))
-    assert batch["labels"].dtype == torch.float32
-    torch.testing.assert_close(batch["labels"], batch["index"] / 7)
+    assert batch["labels"].tolist() == [row / 7 for row in batch["index"].tolist()]
 
 
 # -- one table --------------------------------------------------------------------------------------------------------
@@ -332,6 +331,12 @@ def test_a_table_of_its_own_gives_the_batches_of_a_split():
     assert equal_batches(without, labelled)
 
 
+def test_an_empty_text_is_a_text_as_in_training():
+    table = pd.DataFrame({"text": ["x", ""]})
+    (batch,) = encode(table, make_task(), byte_tokenizer(), None, 7)
+    assert batch["attention_mask"].sum(1).tolist() == [2, 3]
+
+
 def test_new_texts_of_a_choice():
     table = pd.DataFrame({"ask": ["why", "how"], "one": ["a", "b"], "two": ["c", "d"]})
     (batch,) = encode(table, CHOICE, byte_tokenizer(), None, 7)
@@ -344,12 +349,14 @@ def test_new_texts_of_a_choice():
         ({"other": ["x"]}, r"task\.text=\['text'\]: columns \['text'\] are missing, there are \['other'\]"),
         ({"text": []}, "has no rows"),
         ({"text": ["x", None]}, "row 2 has no 'text'"),
+        ({"text": ["x", float("nan")]}, "row 2 has no 'text'"),
         ({"text": ["x", 3]}, r"column 'text' is no text: row 2 has 3 \(int\)"),
+        ({"text": ["x", "\ud800"]}, r"column 'text' of row 2 has half a character"),
     ],
 )
 def test_a_table_without_texts_is_refused(table, message):
     with pytest.raises(SettingError, match=message):
-        encode(pd.DataFrame(table), make_task(), byte_tokenizer(), None, 7)
+        encode(pd.DataFrame(table, dtype=object), make_task(), byte_tokenizer(), None, 7)
     with pytest.raises(SettingError, match="this model's limit is 32"):
         encode(pd.DataFrame({"text": ["x"]}), make_task(), byte_tokenizer(), 32, 7)
 

@@ -7,7 +7,7 @@ import pytest
 
 from heterolora.backbone import byte_tokenizer
 from heterolora.data.files import Files, read_columns
-from heterolora.data.module import Data, TextData
+from heterolora.data.module import Data, TextData, read_labelled, read_texts
 from heterolora.errors import SettingError
 from heterolora.tasks.classification import Classification
 from heterolora.tasks.regression import Regression
@@ -168,6 +168,56 @@ def test_numbers_are_no_text(tmp_path, suffix):
     assert refused(path) == "column 'review' is no text: row 1 has 1 (int)"
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_an_empty_line_is_a_row_without_a_text_but_at_the_end(tmp_path, name, end):
+    one, two = tmp_path / f"one_{name}", tmp_path / f"two_{name}"
+    mark = "," if name == "a.csv" else "\t"
+    one.write_bytes(end.join(["review", "first", "   ", "third", "", ""]).encode())
+    assert read_columns(one, ["review"], None, "here")["review"].tolist() == ["first", "   ", "third"]
+    one.write_bytes(end.join(["review", "first", "", "third"]).encode())
+    assert refused(one, label=None) == "row 2 has no 'review'"
+    two.write_bytes(end.join([f"review{mark}verdict", f"a{mark}b", f"c{mark}d", "", "", ""]).encode())
+    assert read_columns(two, ["review"], "verdict", "here").to_numpy().tolist() == [["a", "b"], ["c", "d"]]
+    two.write_bytes(end.join([f"review{mark}verdict", f"a{mark}b", "", f"c{mark}d"]).encode())
+    assert refused(two) == "row 2 has no 'review'"
+    two.write_bytes(end.join([f"review{mark}verdict", f"a{mark}b", mark, ""]).encode())
+    assert refused(two) == "row 2 has no 'review'"
+
+
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_lone_carriage_return_is_a_letter(tmp_path, name, mark, end):
+    (tmp_path / name).write_bytes(end.join([f"review{mark}verdict", f"a\rb{mark}c", f"d{mark}e"]).encode())
+    found = read_columns(tmp_path / name, ["review"], "verdict", "here")
+    assert found.to_numpy().tolist() == [["a\rb", "c"], ["d", "e"]]
+
+
+def test_line_ends_inside_quotes_stay_as_they_are(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'review,verdict\r\n"a\r\n\r\nb\r",c\r\nd,"e"\r\n')
+    found = read_columns(tmp_path / "a.csv", ["review"], "verdict", "here")
+    assert found.to_numpy().tolist() == [["a\r\n\r\nb\r", "c"], ["d", "e"]]
+
+
+def test_an_empty_line_between_records_is_no_record(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"review": "a"}\n\n{"review": "b"}\n')
+    assert refused(tmp_path / "a.jsonl").startswith("cannot be read (line 2: ")
+    (tmp_path / "a.jsonl").write_bytes(b'{"review": "a"}\r\n{"review": "b"}\r\n\r\n')
+    assert len(read_columns(tmp_path / "a.jsonl", ["review"], None, "here")) == 2
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_record_nested_without_end_cannot_be_read(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_text("[" * 100_000 + "]" * 100_000)
+    assert refused(tmp_path / f"a{suffix}").startswith("cannot be read (")
+
+
+def test_half_a_character_is_refused_with_its_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"review": "gr\\u00f6\\ud83d\\ude00"}\n{"review": "x\\ud800"}\n')
+    message = "column 'review' of row 2 has half a character (a lone surrogate): 'x\\ud800'"
+    assert refused(tmp_path / "a.jsonl", label=None) == message
+
+
 # -- as a task --------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +260,7 @@ def test_the_same_number_in_other_forms_is_the_same_class(tmp_path):
     assert task.labels == ("1", "2")
     assert splits.tables["validation"]["label"].tolist() == [0, 1, 0, 1]
     assert splits.tables["test"]["label"].tolist() == [0, 1]
-    assert splits.note == "given splits"
+    assert splits.note.startswith("given splits")
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -271,6 +321,67 @@ def test_numbers_for_a_regression(tmp_path):
     labelled(train, ["1", "2", "high"])
     with pytest.raises(SettingError, match=r"the train split of .*: label 'high' in row 3 is no finite number"):
         settings().splits(task)
+
+
+@pytest.mark.parametrize("labels", [[[1], [2]] * 9, [[1, 2], [3]] * 9, [{"a": 1}] * 18])
+def test_labels_that_are_lists_are_refused_with_their_row(tmp_path, labels):
+    train = labelled(tmp_path / "a.parquet", labels)
+    with pytest.raises(SettingError, match=r"the train split of .*: label of row 1: .* is neither text nor a number"):
+        settings().splits(make_task(train))
+    with pytest.raises(SettingError, match=r"label .* in row 1 is no finite number"):
+        settings().splits(Regression("r", Files(str(train), None, None, "label"), ["text"], ["mse"], "min", 32))
+
+
+def test_labels_of_single_precision_have_their_own_digits(tmp_path):
+    table = pd.DataFrame({"text": [f"text {row}" for row in range(20)], "label": pd.Series([0.1, 2] * 10, dtype="f4")})
+    assert settings().splits(make_task(write(tmp_path / "a.parquet", table)))[2].labels == ("0.1", "2")
+
+
+def test_one_file_for_two_splits_is_refused(tmp_path, monkeypatch):
+    train = labelled(tmp_path / "a.csv", ["a", "b"] * 10)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.csv").symlink_to(train)
+    for other in (train, "./a.csv", "link.csv"):
+        with pytest.raises(SettingError, match=r"task\.source\.test=.*\.csv: is the train file too") as caught:
+            settings().splits(make_task(train, None, other))
+        assert "\n" not in str(caught.value)
+
+
+def test_texts_of_training_that_come_back_are_told(tmp_path, caplog):
+    train, test = labelled(tmp_path / "a.csv", ["a", "b"] * 10), labelled(tmp_path / "b.csv", ["b", "a", "a"])
+    splits, _, _ = (
+        settings().splits(make_task(train, test, test.rename(tmp_path / "c.csv") and None))
+        if False
+        else settings().splits(make_task(train, None, test))
+    )
+    seen = sum(text in set(splits.tables["train"]["text"]) for text in splits.tables["test"]["text"])
+    assert seen
+    assert splits.note.endswith(f"; texts that training has, too: {seen} in test")
+    assert f"texts that training has, too: {seen} in test" in caplog.text
+
+
+def test_flags_are_one_class_in_any_file(tmp_path):
+    train = labelled(tmp_path / "a.csv", ["True", "False"] * 10)
+    test = write(tmp_path / "b.jsonl", pd.DataFrame({"text": ["x", "y", "z"], "label": [True, "FALSE", False]}))
+    splits, _, task = settings().splits(make_task(train, None, test))
+    assert task.labels == ("false", "true")
+    assert splits.tables["test"]["label"].tolist() == [1, 0, 0]
+
+
+def test_a_file_to_evaluate_has_the_users_label_column(tmp_path):
+    path = write(tmp_path / "new.csv", TABLE)
+    task = make_task("gone.csv", label="verdict", text=["review"], labels=["good", "bad"])
+    found = read_labelled(path, task, None, "--file")
+    assert list(found) == ["review", "label"]
+    assert found["label"].tolist() == [1, 0, 0, 1]
+    pd.testing.assert_frame_equal(read_labelled(path, task, "verdict", "--file"), found)
+    assert list(read_texts(path, task, "--file")) == ["review", "verdict", "other"]
+    with pytest.raises(SettingError, match=r"has other labels: \['0', '1', '2'\]"):
+        read_labelled(path, task, "other", "--file")  # no codes in a user's own files
+    with pytest.raises(SettingError, match=r"--file=.*: 'review' is a text column, and no label"):
+        read_labelled(path, task, "review", "--file")
+    with pytest.raises(SettingError, match=r"--file=.*: columns \['mood'\] are missing"):
+        read_labelled(path, task, "mood", "--file")
 
 
 def test_too_few_rows_to_split_is_an_error(tmp_path):

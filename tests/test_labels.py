@@ -28,7 +28,12 @@ PLACE = "the train split of here"
         ("1.", "1."),
         (True, "true"),
         (np.bool_(False), "false"),
-        ("True", "True"),
+        ("True", "true"),
+        ("FALSE", "false"),
+        (" True", " True"),
+        (np.float32(0.1), "0.1"),
+        (np.float64(0.1), "0.1"),
+        (np.float16(2.0), "2"),
         (" yes", " yes"),
         ("Yes", "Yes"),
     ],
@@ -37,18 +42,30 @@ def test_a_class_has_one_name_however_its_number_is_written(given, name):
     assert label_name(given) == name
 
 
-@pytest.mark.parametrize("given", [None, [1], {"a": 1}, object()])
+@pytest.mark.parametrize("given", [None, [1], {"a": 1}, object(), np.array([1]), np.array([1, 2]), "x\ud800"])
 def test_what_is_no_name_is_refused(given):
     with pytest.raises(TypeError):
         label_name(given)
     with pytest.raises(
-        SettingError, match=r"task\.source=the train split of here: label of row 2: .* neither text nor"
+        SettingError,
+        match=r"task\.source=the train split of here: label of row 2: .* (neither text nor|half a character)",
     ):
         class_names(["a", given], PLACE)
 
 
 def test_classes_are_learnt_sorted_as_text():
     assert class_names(["b", 10, "a", 2.0, "2", "b"], PLACE) == ("10", "2", "a", "b")
+
+
+def test_classes_that_differ_in_spaces_or_case_are_told(caplog):
+    assert class_names(["yes", " yes", "no", "Yes", "maybe"], PLACE) == (" yes", "Yes", "maybe", "no", "yes")
+    assert caplog.messages == [
+        "the train split of here has classes that differ in nothing but spaces or case: [' yes', 'Yes', 'yes']"
+    ]
+
+
+def test_names_are_read_as_labels_are():
+    assert class_codes(["1", 0.0, "True"], ["0.0", "1", "TRUE"], False, PLACE).tolist() == [1, 0, 2]
 
 
 def test_one_class_is_none():
@@ -86,7 +103,9 @@ def test_numbers_may_be_written_as_text():
     assert found.dtype == float
 
 
-@pytest.mark.parametrize("label", ["three", "", "3,5", "1_000", None, True, math.nan, "inf", [1]])
+@pytest.mark.parametrize(
+    "label", ["three", "", "3,5", "1_000", None, True, np.bool_(1), math.nan, "inf", [1], np.ones(1), {}]
+)
 def test_what_is_no_number_is_named_with_its_row(label):
     with pytest.raises(SettingError, match=r"task\.source=the train split of here: label .* in row 2 is no finite"):
         numbers([1.0, label], PLACE)

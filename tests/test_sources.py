@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pytest
 import yaml
 
@@ -14,6 +15,7 @@ from heterolora import hub
 from heterolora.build import build
 from heterolora.data import sources
 from heterolora.data.labels import class_codes
+from heterolora.data.module import read_labelled, read_texts
 from heterolora.data.sources import Glue, MovieReviews, read_lines, select
 from heterolora.errors import SettingError
 from tests.conftest import ROOT
@@ -299,6 +301,11 @@ def test_windows_line_ends(tmp_path):
     assert rows_of(read_back(tmp_path, HEADER, "0\ta\tb\tnot_entailment", end="\r\n")) == [("a", "b", 1)]
 
 
+def test_a_lone_carriage_return_is_a_letter(tmp_path):
+    for end in ("\n", "\r\n"):
+        assert rows_of(read_back(tmp_path, HEADER, "0\ta\rx\tb\tentailment", end=end)) == [("a\rx", "b", 0)]
+
+
 def test_labels_are_names_or_their_codes(tmp_path):
     frame = read_back(tmp_path, HEADER, "0\ta\tb\tnot_entailment", "1\ta\tb\t1", "2\ta\tb\tentailment", "3\ta\tb\t0")
     assert frame["label"].tolist() == [1, 1, 0, 0]
@@ -346,6 +353,74 @@ def test_a_damaged_file_is_named(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(SettingError, match=r"train\.tsv"):
         read_lines(path, None, damaged=False)
+
+
+# -- one file, for a finished run -------------------------------------------------------------------------------------
+
+
+def conf_task(subset):
+    return build(yaml.safe_load((ROOT / "conf" / "task" / f"{subset}.yaml").read_text(encoding="utf-8")), "task")
+
+
+@pytest.mark.parametrize("subset", LAYOUTS)
+def test_every_official_file_can_be_evaluated_and_predicted(tmp_path, subset):
+    text, wanted = write_layout(tmp_path, subset)
+    folder, task = tmp_path / "glue" / LAYOUTS[subset][0], conf_task(subset)
+    for split, names in sources._GLUE[subset].files.items():
+        if split in wanted:
+            found = read_labelled(folder / names[0], task, None, "--file")
+            assert [row[:-1] for row in rows_of(found, text)] == [row[:-1] for row in wanted[split]]
+            codes = task.encode_labels([row[-1] for row in wanted[split]], True, "here")
+            assert found["label"].tolist() == codes.tolist()
+    for path in folder.glob("test*.tsv"):
+        found = read_texts(path, task, "--file")
+        assert len(found) == 1
+        assert set(text) < set(found)
+
+
+def test_the_labelled_test_file_of_mrpc_can_be_evaluated(data_root):
+    found = read_labelled(data_root / "glue" / "MRPC" / "msr_paraphrase_test.txt", conf_task("mrpc"), None, "--file")
+    assert len(found) == 1725
+    assert found["label"].sum() == 1147
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("label", ["label", "mood"])
+def test_a_users_file_with_the_tasks_columns_can_be_evaluated(tmp_path, suffix, label):
+    table = pd.DataFrame({"premise": ["a", "b"], "hypothesis": ["c", "d"], label: ["neutral", "2"]})
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        table.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    found = read_labelled(path, conf_task("mnli"), label, "--file")
+    assert found.to_dict("list") == {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [1, 2]}
+
+
+def test_empty_questions_of_an_official_file_are_texts(tmp_path):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    path = write_file(tmp_path, [header, "1\t2\t3\t\tHow?\t0", "damaged"])
+    found = read_labelled(path, conf_task("qqp"), None, "--file")
+    assert found["question1"].tolist() == [""]
+    with pytest.raises(SettingError, match=r"--file=.*b\.csv: row 1 has no 'question1'"):
+        read_texts(write_file(tmp_path, ["question1,question2", ",x"], "b.csv"), conf_task("qqp"), "--file")
+
+
+def test_damaged_lines_of_one_file_are_told(tmp_path, caplog):
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    read_texts(write_file(tmp_path, [header, "1\t2\t3\tWhy?\tHow?\t0", "damaged"]), conf_task("qqp"), "--file")
+    assert "1 lines with another number of fields than the first are left out" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_names_the_option(tmp_path):
+    for name in ("a.tsv", "a.csv"):
+        with pytest.raises(SettingError, match=rf"--file=.*{name}: "):
+            read_texts(tmp_path / name, conf_task("rte"), "--file")
+
+
+def test_a_file_of_reviews_may_have_codes(tmp_path):
+    path = write_file(tmp_path, ["text,label", "good,1", "bad,negative"], "a.csv")
+    assert read_labelled(path, conf_task("imdb"), None, "--file")["label"].tolist() == [1, 0]
 
 
 # -- made-up folders --------------------------------------------------------------------------------------------------

@@ -254,6 +254,24 @@ def test_a_class_with_one_example_is_in_one_split():
     assert sum((table["label"] == 2).sum() for table in splits.tables.values()) == 1
 
 
+def test_the_note_counts_texts_that_training_has_too(caplog):
+    tables = {"train": table_of([0, 1] * 10), "validation": table_of([0, 1], 15), "test": table_of([0, 1] * 3, 18)}
+    splits = make_splits(Labelled(tables | {"test_new": table_of([1], 99)}, "made up"), 0.1, 0, None)
+    assert splits.note == "official splits; texts that training has, too: 2 in validation, 2 in test"
+    assert "made up: texts that training has, too: 2 in validation, 2 in test" in caplog.text
+
+
+def test_a_pair_is_the_same_when_both_of_its_texts_are():
+    train = pd.DataFrame({"a": ["x", "y"], "b": ["1", "2"], "label": [0, 1]})
+    tables = {"train": train, "validation": train.assign(b=["2", "1"]), "test": train.assign(label=[1, 0])}
+    assert make_splits(Labelled(tables, ""), 0.1, 0, None).note.endswith("; texts that training has, too: 2 in test")
+
+
+def test_reviews_that_are_there_twice_are_told():
+    splits = make_splits(MovieReviews("imdb").read(None, ["text"]), 0.1, 0, None)
+    assert splits.note.endswith("; texts that training has, too: 15 in validation, 15 in test")
+
+
 # -- limit ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from heterolora.build import build
 from heterolora.data import sources
+from heterolora.data.module import Data, read_labelled, read_texts
 from heterolora.data.superglue import SuperGlue
 from heterolora.errors import SettingError
 from tests.conftest import ROOT
@@ -90,6 +91,31 @@ def test_the_question_of_copa_is_written_out(tmp_path):
         "He fell. What was the cause of this?",
     ]
     assert load_task("copa").inputs == (("prompt", "choice1"), ("prompt", "choice2"))
+
+
+@pytest.mark.parametrize("subset", DOWNLOADS)
+def test_an_official_file_can_be_evaluated_and_predicted(tmp_path, subset):
+    folder, task = write_download(tmp_path, subset), load_task(subset)
+    wanted = task.source.read(tmp_path, columns_of(task)).splits["validation"]
+    found = read_labelled(folder / "val.jsonl", task, None, "--file")
+    assert found.drop(columns="label").to_dict("list") == wanted.drop(columns="label").to_dict("list")
+    assert found["label"].tolist() == CODES[subset]
+    assert set(columns_of(task)) < set(read_texts(folder / "test.jsonl", task, "--file"))
+
+
+def test_a_copa_file_may_have_prompts_already_and_needs_a_premise(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,choice1,choice2,label\nWhy?,a,b,choice2\n")
+    assert read_labelled(tmp_path / "a.csv", load_task("copa"), None, "--file")["prompt"].tolist() == ["Why?"]
+    (tmp_path / "a.csv").write_text("premise,question,choice1,choice2\n,cause,a,b\n")
+    with pytest.raises(SettingError, match=r"--file=.*a\.csv: row 1 has no 'premise'"):
+        read_texts(tmp_path / "a.csv", load_task("copa"), "--file")
+
+
+def test_a_text_that_is_missing_is_named(tmp_path):
+    path = write_download(tmp_path, "cb") / "train.jsonl"
+    path.write_text(path.read_text() + '{"premise": "x", "label": "neutral"}\n')
+    with pytest.raises(SettingError, match=r"task\.source=the train split of .*CB: row 3 has no 'hypothesis'"):
+        Data(str(tmp_path), 4, 4, 0.1, 0, None, None).splits(load_task("cb"))
 
 
 def test_an_unknown_question_of_copa_is_named(tmp_path):

@@ -56,6 +56,16 @@ def test_a_regression(tmp_path, capsys):
     assert "labels" not in node
 
 
+def test_labels_are_written_as_they_stand_in_the_file(tmp_path):
+    days = [20230115 + row % 19 - 9 for row in range(100)]
+    summary = files_job(tmp_path / "a", write_csv(tmp_path / "a.csv", days), task="files_regression")
+    for split in SPLITS:
+        table = pd.read_csv(tmp_path / "a" / f"predictions_{split}.csv")
+        assert set(table["label"]) <= set(days)
+        wanted = stats.pearsonr(table["prediction"].astype("float32"), table["label"])[0]
+        assert summary["metrics"][split]["pearson"] == pytest.approx(wanted, abs=1e-3)
+
+
 def test_a_correlation_that_is_not_defined_is_null_and_the_run_goes_on(tmp_path, capsys):
     train = write_csv(tmp_path / "a.csv", [row % 9 / 2 for row in range(100)], ["always the same"] * 100)
     summary = files_job(tmp_path / "a", train, task="files_regression")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from scipy import stats
 from torch.nn import functional
 
 from heterolora.build import build
@@ -172,7 +173,6 @@ def scores(count, seed=0):
 
 @pytest.mark.parametrize("size", [1, 7, 64, 501])
 def test_correlations_are_those_of_scipy(size):
-    stats = pytest.importorskip("scipy.stats")
     predictions, labels = scores(501)
     found = computed(make_regression(), predictions, labels, size)
     assert found["pearson"] == pytest.approx(stats.pearsonr(predictions, labels)[0], abs=1e-5)
@@ -225,6 +225,23 @@ def test_numbers_are_written_as_they_are():
     assert make_regression().prediction_table(found).to_csv(index=False) == "index,prediction\n0,2.5\n1,1.25\n"
     table = make_regression().prediction_table(found | {"labels": torch.tensor([3.8, 5.0])})
     assert table.to_csv(index=False) == "index,label,prediction\n0,3.8,2.5\n1,5.0,1.25\n"
+
+
+FAR = [(1e5, 10, 0, 0.01), (20230115, 9, 0, 0.01), (1.6e9, 1000, 0, 0.01), (2000, 1, 2000, 0.001)]
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+@pytest.mark.parametrize(("centre", "spread", "guess", "apart"), FAR)
+def test_correlations_keep_the_digits_of_labels_far_from_zero(centre, spread, guess, apart, size):
+    generator = torch.Generator().manual_seed(1)
+    labels = centre + spread * (2 * torch.rand(64, generator=generator, dtype=torch.float64) - 1)
+    noise = 2 * torch.rand(64, generator=generator, dtype=torch.float64) - 1
+    predictions = (guess + apart * (0.6 * (labels - centre) / spread + 0.4 * noise)).float()
+    found = computed(make_regression(), predictions, labels, size)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(predictions.double(), labels)[0], abs=1e-6)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(predictions, labels)[0], abs=1e-6)
+    whole = computed(make_regression(), predictions, labels)
+    assert all(found[name] == whole[name] for name in ("pearson", "spearman"))
 
 
 # -- choice -----------------------------------------------------------------------------------------------------------
@@ -349,6 +366,9 @@ def test_collapse_is_one_class_for_everything(predictions, labels, collapsed):
         ({"labels": []}, "labels"),
         ({"labels": ["only"]}, "labels"),
         ({"labels": ["twice", "twice"]}, "labels"),
+        ({"labels": [1, "1.0"]}, "labels"),
+        ({"labels": ["True", True]}, "labels"),
+        ({"labels": [None, "a"]}, "labels"),
         ({"metrics": []}, "metrics"),
         ({"metrics": ["accuracy", "bleu"]}, "metrics"),
         ({"metrics": ["f1"], "labels": ["a", "b", "c"]}, "metrics"),
@@ -382,6 +402,17 @@ def test_settings_of_other_tasks_that_cannot_work_are_refused(make, changes, set
     with pytest.raises(SettingError) as caught:
         make(**changes)
     assert caught.value.setting == setting
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [([0, 1], ("0", "1")), ([0.0, "1.0"], ("0", "1")), ([False, "TRUE"], ("false", "true")), (["No", "x y"],) * 2],
+)
+def test_names_in_the_config_are_read_as_labels_are(given, names):
+    node = yaml.safe_load((ROOT / "conf" / "task" / "mrpc.yaml").read_text(encoding="utf-8"))
+    task = build(node | {"labels": given}, "task")
+    assert task.labels == tuple(names)
+    assert task.encode_labels(given[::-1], False, "here").tolist() == [1, 0]
 
 
 def test_the_smaller_error_is_the_better_one():

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from heterolora.backbone import byte_tokenizer
 from heterolora.data import tokens
 from heterolora.data.tokens import input_length, pair_separator, tokenise, tokenise_table
+from heterolora.errors import SettingError
 
 CLS, SEP = 1, 2  # of the byte tokenizer
 BYTES = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
@@ -156,6 +157,57 @@ def test_the_second_sentence_outlives_a_long_first_one():
 def test_a_single_text_gets_no_separator():
     tokenizer = make_tokenizer(eos_token="</s>")
     assert decoded(tokenizer, tokenise(one_text(), tokenizer, [["text"]], 64, None)["train"])[1] == "b"
+
+
+MARKS_NO_PAIRS = [("$A", "$A $B:1"), ("<s> $A", "<s> $A $B:1"), ("<s> $A </s>", "<s> $A $B:1 </s>")]
+
+
+@pytest.mark.parametrize(("single", "pair"), MARKS_NO_PAIRS)
+@pytest.mark.parametrize("first", ["xy", "", "x" * 40])
+@pytest.mark.parametrize("second", ["z", ""])
+def test_the_separator_has_its_place_beside_an_empty_sentence(single, pair, first, second):
+    tokenizer = make_tokenizer(("<s>", "</s>", "<sep>"), single, pair, sep_token="<sep>", bos_token="<s>")
+    (found,) = tokenise(a_pair(first, second), tokenizer, [["a", "b"]], 20, None)["train"]
+    start, _, end = pair.partition("$A $B:1")
+    room = 20 - 1 - len((start + end).split()) - len(second)
+    text = "".join([start, first[:room], "<sep>", second, end]).replace(" ", "")
+    assert decoded(tokenizer, [found]) == [text]
+    assert found["attention_mask"] == [[1] * len(found["input_ids"][0])]
+
+
+def test_a_row_without_a_token_is_refused():
+    with pytest.raises(SettingError, match=r"task\.text=\['text'\]: row 2 is empty, and this tokenizer adds no token"):
+        tokenise(one_text(["a", ""], [0, 1]), make_tokenizer(), [["text"]], 20, None)
+
+
+# -- marks inside a text ----------------------------------------------------------------------------------------------
+
+
+def test_marks_inside_a_text_are_letters():
+    text = "a [SEP] b[PAD]"
+    ids = tokenise(one_text([text], [0]), byte_tokenizer(), [["text"]], 64, None)["train"][0]["input_ids"][0]
+    assert ids == [CLS, *(3 + BYTES.index("Ġ" if letter == " " else letter) for letter in text), SEP]
+
+
+def unigram():
+    """As T5's: its marks are among the pieces of text."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "▁abc<>/s")]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, unk_id=2))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("mark", ["</s>", "<pad>"])
+@pytest.mark.parametrize("columns", [["a"], ["a", "b"]])
+def test_a_mark_that_no_option_keeps_apart_is_refused_with_its_row(mark, columns):
+    table = pd.DataFrame({"a": ["a ?", "c b"], "b": ["c", "a"], "label": [0, 1]})
+    tokenise_table(table, unigram(), [columns], 20)  # what it does not know is no mark
+    table.loc[1, "a"] = f"b {mark}"
+    with pytest.raises(SettingError, match=rf"row 2 holds '{mark}', which this model takes for a mark"):
+        tokenise_table(table, unigram(), [columns], 20)
 
 
 # -- several inputs an example ----------------------------------------------------------------------------------------

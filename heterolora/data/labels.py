@@ -1,19 +1,25 @@
 """How labels are read: names or codes of classes, or numbers."""
 
+import logging
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from heterolora.data.tables import has_surrogate
 from heterolora.errors import SettingError
+
+_log = logging.getLogger(__name__)
 
 _WHOLE = re.compile(r"([+-]?\d+)\.0+")
 
 
 def label_name(value: Any) -> str:
-    """A class name as text: 1, 1.0, ``"1"`` and ``"1.0"`` are all ``1``; flags are ``true`` and ``false``.
+    """A class name as text: 1, 1.0, ``"1"`` and ``"1.0"`` are all ``1``; flags, in any case, ``true`` and ``false``.
 
     Other text is kept as it is, spaces and case included.
 
@@ -21,20 +27,23 @@ def label_name(value: Any) -> str:
         TypeError: for what is neither text, a number nor a flag.
     """
     if isinstance(value, str):
+        if has_surrogate(value):
+            raise TypeError(f"{value!r} has half a character (a lone surrogate)")
         whole = _WHOLE.fullmatch(value)  # what a whole number becomes in a column that once had gaps
-        return value if whole is None else whole[1]
-    if hasattr(value, "item"):  # numpy's own numbers and flags
-        value = value.item()
-    if isinstance(value, bool):
+        flag = value.lower() in ("true", "false")  # pandas writes True, JSON true, spreadsheets TRUE
+        return whole[1] if whole is not None else value.lower() if flag else value
+    if isinstance(value, (bool, np.bool_)):
         return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (int, float)):
+    if isinstance(value, (float, np.floating)):
+        return str(int(value)) if value.is_integer() else str(value)  # of its own precision: 0.1 in float32, too
+    if isinstance(value, (int, np.integer)):
         return str(value)
     raise TypeError(f"{value!r} is neither text nor a number")
 
 
 def _names_of(values: Iterable[Any], place: str) -> list[str]:
+    if isinstance(values, pd.Series):
+        values = values.to_numpy()  # a series gives 0.1 of single precision with digits that it does not have
     names = []
     for row, value in enumerate(values, 1):
         try:
@@ -57,6 +66,12 @@ def class_names(values: Iterable[Any], place: str) -> tuple[str, ...]:
     names = tuple(sorted(set(_names_of(values, place))))
     if len(names) < 2:
         raise SettingError("task.labels", None, f"{place} has a single class, {names[0]!r}; at least two are needed")
+    alike = defaultdict(list)
+    for name in names:
+        alike["".join(name.split()).casefold()].append(name)
+    for group in alike.values():
+        if len(group) > 1:
+            _log.warning("%s has classes that differ in nothing but spaces or case: %s", place, group)
     return names
 
 
@@ -72,8 +87,8 @@ def class_codes(values: Iterable[Any], names: Sequence[str], coded: bool, place:
     Raises:
         SettingError: for a label that is none of ``names``.
     """
-    codes = {name: code for code, name in enumerate(names)}
-    if coded and not any(name.isdigit() for name in names):
+    codes = {label_name(name): code for code, name in enumerate(names)}
+    if coded and not any(name.isdigit() for name in codes):
         codes |= {str(code): code for code in range(len(names))}
     found = _names_of(values, place)
     if unknown := sorted(set(found) - codes.keys()):
@@ -95,7 +110,8 @@ def numbers(values: Iterable[Any], place: str) -> pd.Series:
     found = []
     for row, value in enumerate(values, 1):
         try:
-            number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)  # 1_000 is Python's
+            strange = isinstance(value, (bool, np.bool_)) or np.ndim(value) or "_" in str(value)  # 1_000 is Python's
+            number = math.nan if strange else float(value)
         except (TypeError, ValueError):
             number = math.nan
         if not math.isfinite(number):

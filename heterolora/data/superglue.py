@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from heterolora.data.files import read_table
-from heterolora.data.sources import Labelled, read_hub, select
+from heterolora.data.sources import FileTable, Labelled, read_hub, select
+from heterolora.data.tables import check_texts, read_table
 from heterolora.errors import SettingError
 
 _FOLDERS = {"boolq": "BoolQ", "cb": "CB", "copa": "COPA"}
@@ -46,15 +46,21 @@ class SuperGlue:
             paths = {split: folder / name for split, name in _FILES.items() if (folder / name).is_file()}
             tables = {split: read_table(path, "data.root") for split, path in paths.items()}
         if self.subset == "copa":
-            tables = {split: _with_prompt(table, origin) for split, table in tables.items()}
+            tables = {split: _with_prompt(table, "task.source", origin) for split, table in tables.items()}
         labelled = {split: table for split, table in tables.items() if "label" in table}
         return Labelled({split: select(table, text, origin) for split, table in labelled.items()}, origin)
 
+    def read_file(self, path: Path, setting: str) -> FileTable:
+        """COPA's prompt is made where the file has none."""
+        table = read_table(path, setting)
+        if self.subset == "copa" and "prompt" not in table:
+            table = _with_prompt(table, setting, path)
+        return FileTable(table, "label", official=True)
 
-def _with_prompt(table: pd.DataFrame, origin: str) -> pd.DataFrame:
-    if missing := [column for column in ("premise", "question") if column not in table]:
-        raise SettingError("task.source", origin, f"columns {missing} are missing, there are {list(table)}")
-    if unknown := sorted({str(question) for question in table["question"]} - _QUESTIONS.keys()):
-        raise SettingError("task.source", origin, f"questions {unknown[:3]} are none of {sorted(_QUESTIONS)}")
+
+def _with_prompt(table: pd.DataFrame, setting: str, place: object) -> pd.DataFrame:
+    check_texts(table, ["premise", "question"], setting, place)
+    if unknown := sorted(set(table["question"]) - _QUESTIONS.keys()):
+        raise SettingError(setting, place, f"questions {unknown[:3]} are none of {sorted(_QUESTIONS)}")
     pairs = zip(table["premise"], table["question"], strict=True)
     return table.assign(prompt=[f"{premise} {_QUESTIONS[question]}" for premise, question in pairs])

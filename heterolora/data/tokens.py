@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,14 +129,35 @@ def _encode_input(
     table: pd.DataFrame, tokenizer: Any, text: Sequence[str], max_length: int, separator: Sequence[int]
 ) -> dict[str, list[Any]]:
     columns = [table[column].tolist() for column in text]
-    encoded = tokenizer(*columns, truncation=True, max_length=max_length - len(separator))
+    # A text that holds "[SEP]" or "</s>" has these letters, not the model's mark.
+    encoded = tokenizer(*columns, truncation=True, max_length=max_length - len(separator), split_special_tokens=True)
     rows = dict(encoded)
+    _check_marks(rows["input_ids"], tokenizer, text)
     if separator:
         if not tokenizer.is_fast:
             raise SettingError("task.text", list(text), "this tokenizer marks no pairs and is not a fast one")
+        start = tokenizer("a", "b").sequence_ids(0).index(0)  # either sentence may have no tokens of its own
         for index in range(len(table)):
-            _insert(rows, index, encoded.sequence_ids(index).index(1), separator)
+            _insert(rows, index, start + encoded.sequence_ids(index).count(0), separator)
+    if (empty := next((row for row, ids in enumerate(rows["input_ids"], 1) if not ids), None)) is not None:
+        raise SettingError("task.text", list(text), f"row {empty} is empty, and this tokenizer adds no token to it")
     return rows
+
+
+def _check_marks(rows: Sequence[Sequence[int]], tokenizer: Any, text: Sequence[str]) -> None:
+    """Refuse a row that has more marks than the tokenizer gives any.
+
+    Some tokenizers (T5's) have their marks among the pieces of text: no option keeps them apart from the letters, and
+    a model would pool at the wrong place.
+    """
+    marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    own = Counter(token for token in tokenizer(*["a"] * len(text))["input_ids"] if token in marks)
+    total = own.total()
+    for row, ids in enumerate(rows, 1):
+        if sum(token in marks for token in ids) > total:
+            mark = next(iter(Counter(token for token in ids if token in marks) - own))
+            token = tokenizer.convert_ids_to_tokens(mark)
+            raise SettingError("task.text", list(text), f"row {row} holds {token!r}, which this model takes for a mark")
 
 
 def _insert(rows: Mapping[str, list[Any]], index: int, place: int, separator: Sequence[int]) -> None:
@@ -153,7 +175,8 @@ def _key(
     state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}  # left by other uses
     sides = [tokenizer.truncation_side, list(tokenizer.model_input_names)]
     columns = [list(text) for text in inputs]
-    settings = [state, type(tokenizer).__name__, sides, columns, max_length, list(separator), tokenizers.__version__]
+    kind = [type(tokenizer).__name__, "marks in a text are letters"]  # the second: how earlier tokens were made
+    settings = [state, kind, sides, columns, max_length, list(separator), tokenizers.__version__]
     digest.update(json.dumps(settings).encode())
     used = dict.fromkeys(column for text in columns for column in text)
     for split, table in sorted(tables.items()):

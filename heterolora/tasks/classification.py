@@ -15,7 +15,7 @@ from torchmetrics.classification import (
     MulticlassMatthewsCorrCoef,
 )
 
-from heterolora.data.labels import class_codes, class_names
+from heterolora.data.labels import class_codes, class_names, label_name
 from heterolora.data.sources import Source
 from heterolora.errors import SettingError
 from heterolora.tasks.base import check_task, class_table, model_logits, one_for_all, precise
@@ -43,8 +43,8 @@ class Classification:
         name: short name, used in folder names and tables.
         source: where the labelled text comes from.
         text: names of the text columns: one sentence or a pair.
-        labels: names of the classes, in the order of their codes; null: the distinct labels of the training set,
-            sorted as text.
+        labels: names of the classes, in the order of their codes, read as labels are: 1, 1.0 and "1" are one name, True
+            and "TRUE" another; null: the distinct labels of the training set, sorted as text.
         metrics: ``accuracy``, ``f1`` (of class 1, as GLUE has it; for two classes), ``f1_macro`` (mean over classes),
             ``matthews`` (correlation; 0 where one class is predicted for all); the first is the result.
         mode: whether a larger or a smaller first metric is better.
@@ -54,17 +54,27 @@ class Classification:
     name: str
     source: Source
     text: Sequence[str]
-    labels: Sequence[str] | None
+    labels: Sequence[Any] | None
     metrics: Sequence[str]
     mode: Literal["max", "min"]
     max_length: int
 
     def __post_init__(self) -> None:
-        if self.labels is not None and not 2 <= len(set(self.labels)) == len(self.labels):
-            raise SettingError("labels", list(self.labels), "at least two classes, each named once")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", self._read_names(self.labels))
         check_task(self.inputs, self.metrics, _METRICS, self.mode, self.max_length)
         if "f1" in self.metrics and self.labels is not None and len(self.labels) != 2:
             raise SettingError("metrics", list(self.metrics), f"f1 is for two classes, not {list(self.labels)}")
+
+    @staticmethod
+    def _read_names(labels: Sequence[Any]) -> tuple[str, ...]:
+        try:
+            names = tuple(map(label_name, labels))
+        except TypeError as error:
+            raise SettingError("labels", list(labels), f"{error}; a name, and in quotes where in doubt") from None
+        if not 2 <= len(set(names)) == len(names):
+            raise SettingError("labels", list(labels), "at least two classes, each named once")
+        return names
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:

@@ -1,6 +1,5 @@
 """Regression: a number for a sentence or a pair."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from torch.nn import functional
-from torchmetrics import MeanSquaredError, Metric, MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics import MeanSquaredError, Metric, MetricCollection
 from torchmetrics.utilities import dim_zero_cat
 
 from heterolora.data.labels import numbers
@@ -19,36 +18,48 @@ _METRICS: dict[str, Literal["max", "min"]] = {"pearson": "max", "spearman": "max
 _COLLAPSED = 1e-3  # spread of the predictions, as a share of the labels', below which they count as one value
 
 
-_ROUNDING = 1e-6  # share of their size in which equal predictions may differ: batches of other shapes round differently
+class _Correlation(Metric):
+    """Correlation of all values, kept as they are; NaN where predictions are constant but for rounding, or labels are.
 
+    In float64 and in two passes: sums of batches lose the digits of labels that are large and alike, such as dates.
 
-class _Pearson(PearsonCorrCoef):
-    """Pearson correlation; NaN, without a warning, where predictions or labels are constant but for rounding."""
+    Args:
+        ranks: Spearman's, of the ranks; False: Pearson's, of the values.
+    """
+
+    full_state_update = False
+    predictions: list[torch.Tensor]
+    labels: list[torch.Tensor]
+
+    def __init__(self, ranks: bool) -> None:
+        super().__init__()
+        self.ranks = ranks
+        self.add_state("predictions", default=[], dist_reduce_fx="cat")
+        self.add_state("labels", default=[], dist_reduce_fx="cat")
+
+    def update(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
+        """Keep a batch."""
+        self.predictions.append(predictions)
+        self.labels.append(labels)
 
     def compute(self) -> torch.Tensor:
         """A scalar."""
-        for mean, squares in ((self.mean_x, self.var_x), (self.mean_y, self.var_y)):  # summed squares, not variances
-            if bool(((squares / self.n_total).sqrt() <= _ROUNDING * mean.abs()).all()):
-                return torch.full((), torch.nan, device=self.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*variance of predictions or target is close to zero")
-            return super().compute()
+        given, labels = dim_zero_cat(self.predictions), dim_zero_cat(self.labels).double()
+        predictions = given.double()
+        rounding = torch.finfo(given.dtype).eps * predictions.mean().abs()  # of batches of other shapes
+        if bool(predictions.std(correction=0) <= rounding) or bool((labels == labels[0]).all()):
+            return torch.full((), torch.nan, device=self.device)
+        first, second = (self._direction(values) for values in (predictions, labels))
+        product: torch.Tensor = first @ second
+        return product.clamp(-1, 1).float()
 
-
-class _Spearman(SpearmanCorrCoef):
-    """Spearman rank correlation; NaN where predictions or labels are constant but for rounding."""
-
-    def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*will save all targets and predictions")  # a run keeps them anyway
-            super().__init__()
-
-    def compute(self) -> torch.Tensor:
-        """A scalar."""
-        for values in map(dim_zero_cat, (self.preds, self.target)):
-            if bool(values.std(correction=0) <= _ROUNDING * values.mean().abs()):
-                return torch.full((), torch.nan, device=self.device)
-        return super().compute()
+    def _direction(self, values: torch.Tensor) -> torch.Tensor:
+        """Centred, of length 1."""
+        if self.ranks:
+            values = values.new_tensor(pd.Series(values.tolist()).rank().tolist())
+        centred: torch.Tensor = values - values.mean()
+        unit: torch.Tensor = centred / centred.norm()
+        return unit
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,11 @@ class Regression:
 
     def make_metrics(self) -> MetricCollection:
         """Fresh torchmetrics."""
-        known: dict[str, Metric] = {"pearson": _Pearson(), "spearman": _Spearman(), "mse": MeanSquaredError()}
+        known: dict[str, Metric] = {
+            "pearson": _Correlation(False),
+            "spearman": _Correlation(True),
+            "mse": MeanSquaredError(),
+        }
         return MetricCollection({name: known[name] for name in self.metrics})
 
     def collapsed(self, predictions: torch.Tensor, labels: torch.Tensor) -> bool:
