@@ -158,7 +158,7 @@ BAD = [
     (["task=files", "task.source.train=nowhere.csv"], r"task\.source\.train=nowhere\.csv: no such file"),
     (["task=files", "task.text=[text,text]"], r"task\.text=\['text', 'text'\]: one text column, or two different"),
     (["task=stsb", "task.mode=min"], r"task\.mode=min: max, for that is the better pearson"),
-    (["task=boolq"], r"data\.root=None: task boolq is not local .* superglue/"),
+    (["task=boolq", "data.root=null"], r"data\.root=None: task boolq is not local .* superglue/"),
     (["task=cola", "task.metrics=[pearson]"], r"task\.metrics=\['pearson'\]: possible: \['accuracy'"),
 ]
 
