@@ -649,6 +649,7 @@ def too_dear(problem: Problem, limits, min_rank: int) -> bool:
 LIMITED_PROBLEMS = problems(tied=False, least=0, labels=FAMILIES, values=WHOLE, sites=5, units=3)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("make", LIMITED.values(), ids=LIMITED.keys())
 @settings(PROPERTY, max_examples=100)
 @given(problem=LIMITED_PROBLEMS, limits=limits(), least=st.integers(0, 1))
@@ -663,6 +664,7 @@ def test_limits_are_respected_and_the_budget_is_used_up_to_them(make, problem, l
     assert_full(problem, ranks, limits, 3)
 
 
+@pytest.mark.medium
 @settings(PROPERTY, max_examples=100)
 @given(problem=LIMITED_PROBLEMS, limits=limits(), least=st.integers(0, 1))
 def test_knapsack_is_the_best_of_all_choices_within_limits(problem, limits, least):

@@ -22,7 +22,7 @@ from heterolora.proxies.evidence import Bench, FactorGradients, MapGradient, gat
 from heterolora.proxies.grad_norm import GradNorm
 from heterolora.proxies.plop import Plop
 from heterolora.proxies.snip import Snip
-from heterolora.proxies.spectral import Spectral, inverse_root, squared_singular_values
+from heterolora.proxies.spectral import Spectral, WhitenedSpectral, inverse_root, squared_singular_values
 from heterolora.search import Probe, score, score_all, untracked
 from tests.architectures import KINDS, SINGLE, make_backbone, make_batch, make_config, shown
 from tests.conftest import adapt, some_sites
@@ -171,10 +171,7 @@ def test_the_pass_gives_the_gradient_of_the_frozen_weights(adapted, batches):
 def test_first_order_scores_from_the_weight_gradient(adapted, batches):
     """grad_norm, snip and spectral by their formulas, from G by autograd and the probe's factors."""
     settings = {"probe": probe(rank=3, reduction="sum"), "seed": 5}
-    found = {
-        type(p): score(adapted, loss, batches, [], proxy=p, **settings)
-        for p in (GradNorm(), Snip(), Spectral("none", 0.01))
-    }
+    found = {type(p): score(adapted, loss, batches, [], proxy=p, **settings) for p in (GradNorm(), Snip(), Spectral())}
     for site in adapted.space.sites:
         if site.kind != "lora":
             continue
@@ -382,7 +379,9 @@ def linear_problem():
 def test_spectrum_whitened_by_inputs_is_what_the_best_update_of_that_rank_removes(rank):
     """Half the sum of the first r values equals the drop of the loss under reduced-rank regression, solved by SVD."""
     model, x, y, batches, squared = linear_problem()
-    (found,) = score(model, squared, batches, [], proxy=Spectral("inputs", 1e-12), probe=probe(), seed=0).values()
+    (found,) = score(
+        model, squared, batches, [], proxy=WhitenedSpectral("inputs", 1e-12), probe=probe(), seed=0
+    ).values()
     W = model.backbone.blocks[0][0].weight.detach()
     residual = y - x @ W.T
     q, r = scipy.linalg.qr(x.numpy(), mode="economic")
@@ -397,7 +396,7 @@ def test_spectrum_whitened_by_inputs_is_what_the_best_update_of_that_rank_remove
 def test_spectrum_whitened_by_both_holds_squared_canonical_correlations():
     """Uncentred canonical correlations of inputs and gradients, from QR factors; they do not depend on any scale."""
     model, x, y, batches, squared = linear_problem()
-    (found,) = score(model, squared, batches, [], proxy=Spectral("both", 1e-12), probe=probe(), seed=0).values()
+    (found,) = score(model, squared, batches, [], proxy=WhitenedSpectral("both", 1e-12), probe=probe(), seed=0).values()
     residual = x @ model.backbone.blocks[0][0].weight.detach().T - y
     qx, qr = (scipy.linalg.qr(m.numpy(), mode="economic")[0] for m in (x, residual))
     correlations = scipy.linalg.svdvals(qr.T @ qx) ** 2

@@ -28,7 +28,7 @@ def run(model, allocator=GREEDY, budget=None, proxy=None, batches=None, **change
         loss,
         batches,
         batches,
-        proxy=proxy or Spectral("none", 0.01),
+        proxy=proxy or Spectral(),
         allocator=allocator,
         budget=budget or Params(3000),
         probe=probe(**changes),

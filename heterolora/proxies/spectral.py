@@ -24,19 +24,39 @@ class Spectral:
 
     The sum of the first r is the most that a gradient step confined to rank r can gain to first order, for a step of
     given size (Eckart-Young), so the k-th value is what the k-th unit of rank adds.
+    """
 
-    Sizes of G at different sites can be compared only if a step of one size means the same at both. Whitened by the
-    second moment C of the inputs, ``M = G C^(-1/2)``, they can: in the linear model with squared error, the best update
-    of rank r removes exactly half the sum of the r largest squared singular values of M (Lin 2026, SYSTEMS.md 15).
-    Whitened by the sums of squares of the sink's gradients d and of the inputs x, ``(sum d d^T)^(-1/2) G (sum x
-    x^T)^(-1/2)`` holds the canonical correlations of the two, from 0 to 1 whatever their scales (not centred).
+    control = False
+    remedy = NO_GRADIENT
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """G at each site."""
+        return (MapGradient(),)
+
+    def score(self, evidence: Evidence) -> dict[str, list[float]]:
+        """min(in, out) values for each site, largest first."""
+        return {
+            site.name: squared_singular_values(*evidence.gathered[MapGradient()][site.name]) for site in evidence.sites
+        }
+
+
+@dataclass(frozen=True)
+class WhitenedSpectral:
+    """Squared singular values of a whitened G: sizes of G at different sites, made comparable.
+
+    They can be compared only if a step of one size means the same at both. Whitened by the second moment C of the
+    inputs, ``M = G C^(-1/2)``, it does: in the linear model with squared error, the best update of rank r removes
+    exactly half the sum of the r largest squared singular values of M (Lin 2026, SYSTEMS.md 15). Whitened by the sums
+    of squares of the sink's gradients d and of the inputs x, ``(sum d d^T)^(-1/2) G (sum x x^T)^(-1/2)`` holds the
+    canonical correlations of the two, from 0 to 1 whatever their scales (not centred).
 
     Args:
-        whiten: ``none``, by the ``inputs``, or by ``both`` (over real tokens).
+        by: ``inputs``, or ``both`` (over real tokens).
         damping: added to each moment, as a share of its mean eigenvalue.
     """
 
-    whiten: Literal["none", "inputs", "both"]
+    by: Literal["inputs", "both"]
     damping: float
 
     control = False
@@ -48,25 +68,20 @@ class Spectral:
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """G at each site, and the moments that whiten it."""
-        needed: dict[str, tuple[Statistic, ...]] = {
-            "none": (MapGradient(),),
-            "inputs": (TokenMapGradient(), InputMoments()),
-            "both": (TokenMapGradient(), InputMoments(), GradientMoment()),
-        }
-        return needed[self.whiten]
+        """G from real tokens at each site, and the moments that whiten it."""
+        moments: tuple[Statistic, ...] = (InputMoments(), GradientMoment()) if self.by == "both" else (InputMoments(),)
+        return (TokenMapGradient(), *moments)
 
     def score(self, evidence: Evidence) -> dict[str, list[float]]:
         """min(in, out) values for each site, largest first."""
         scores = {}
         for site in evidence.sites:
-            (matrix,) = evidence.gathered[self.statistics[0]][site.name]
-            if self.whiten != "none":
-                squares, _, tokens = evidence.gathered[InputMoments()][site.name]
-                # Sums against sums for correlations; else the moment, which does not grow with the batches.
-                moment = squares if self.whiten == "both" else squares / tokens
-                matrix = matrix.double() @ inverse_root(moment, self.damping)
-            if self.whiten == "both":
+            (matrix,) = evidence.gathered[TokenMapGradient()][site.name]
+            squares, _, tokens = evidence.gathered[InputMoments()][site.name]
+            # Sums against sums for correlations; else the moment, which does not grow with the batches.
+            moment = squares if self.by == "both" else squares / tokens
+            matrix = matrix.double() @ inverse_root(moment, self.damping)
+            if self.by == "both":
                 (squares,) = evidence.gathered[GradientMoment()][site.name]
                 matrix = inverse_root(squares, self.damping) @ matrix
             scores[site.name] = squared_singular_values(matrix)
