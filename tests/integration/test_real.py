@@ -84,10 +84,7 @@ def test_uniform_lora_on_mrpc_learns_the_task(tmp_path, data_root):
 
 def test_regression_on_sts_b_learns_the_task(tmp_path, data_root):
     """A part of the data and one epoch; a backbone that is not adapted knows the order already in part."""
-    train(
-        tmp_path, "task=stsb", "data.limit=1500", "trainer.max_epochs=1", "search_space=lora_qv_shortcuts",
-        "proxy=spectral_inputs", "allocator=knapsack", f"data.root={data_root}",
-    )  # fmt: skip
+    train(tmp_path, "task=stsb", "data.limit=1500", "trainer.max_epochs=1", f"data.root={data_root}")
     (summary,) = summaries(tmp_path)
     assert summary["data"]["sizes"] == {"train": 1500, "validation": 575, "test": 1500}
     assert summary["metrics"]["test"]["pearson"] > 0.4
