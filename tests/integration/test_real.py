@@ -84,7 +84,10 @@ def test_uniform_lora_on_mrpc_learns_the_task(tmp_path, data_root):
 
 def test_regression_on_sts_b_learns_the_task(tmp_path, data_root):
     """A part of the data and one epoch; a backbone that is not adapted knows the order already in part."""
-    train(tmp_path, "task=stsb", "data.limit=1500", "trainer.max_epochs=1", f"data.root={data_root}")
+    train(
+        tmp_path, "task=stsb", "data.limit=1500", "trainer.max_epochs=1", "probe.batches=8",
+        "probe.head_warmup_steps=20", f"data.root={data_root}",
+    )  # fmt: skip
     (summary,) = summaries(tmp_path)
     assert summary["data"]["sizes"] == {"train": 1500, "validation": 575, "test": 1500}
     assert summary["metrics"]["test"]["pearson"] > 0.4
