@@ -63,18 +63,14 @@ class _Join:
 class _Hook:
     """Everything that happens at one place of one module: writes first, then reads.
 
-    Each comes with its own point, which may mean one of the module's calls alone.
+    Each comes with its own point, which may mean one of the module's calls alone; then calls are counted.
     """
 
     model: "AdaptedModel"
     point: HookPoint
     writes: list[tuple[HookPoint, _Join]] = field(default_factory=list)
     reads: list[tuple[HookPoint, Tap]] = field(default_factory=list)
-
-    @property
-    def counts(self) -> bool:
-        """Whether it matters which call of the module this is."""
-        return any(point.call is not None for point, _ in (*self.writes, *self.reads))
+    counts: bool = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         index = self.point.index or 0
@@ -365,7 +361,9 @@ class AdaptedModel(nn.Module):
 
         def hook_at(point: HookPoint) -> _Hook:
             place = (point.module, point.side, point.index)
-            return hooks.setdefault(place, _Hook(self, HookPoint(*place)))
+            hook = hooks.setdefault(place, _Hook(self, HookPoint(*place)))
+            hook.counts |= point.call is not None
+            return hook
 
         joins: dict[Junction, _Join] = {}
         for site in live:

@@ -10,13 +10,14 @@ import torch
 from heterolora.budget import Budget
 from heterolora.data.module import TextData
 from heterolora.lit import LitAdapted
+from heterolora.proxies.base import Proxy
 from heterolora.report.memory import Kept, now_mib
-from heterolora.search import Probe
+from heterolora.search import Probe, needs_head
 from heterolora.trainer import TrainerSettings
 
 
 def planned(
-    module: LitAdapted, data: TextData, budget: Budget, probe: Probe, trainer: TrainerSettings, scored: bool
+    module: LitAdapted, data: TextData, budget: Budget, probe: Probe, trainer: TrainerSettings, proxy: Proxy | None
 ) -> dict[str, Any]:
     """Sites, budget, steps, and the memory that a step would need, measured on the longest batch.
 
@@ -26,7 +27,7 @@ def planned(
         budget: what may be held.
         probe: how sites would be scored.
         trainer: how long would be trained.
-        scored: whether batches would be looked at before training.
+        proxy: what would look at batches before training; None: nothing.
 
     Returns:
         Plain values; memory in MiB, and the peak at least: a step also needs room for what it computes and drops.
@@ -44,8 +45,8 @@ def planned(
         "backbone_parameters": model.space.survey.parameters,
         "steps": {
             "optimizer steps": trainer.steps(len(data.examples["train"]), data.settings.batch_size),
-            "head warm-up steps": probe.head_warmup_steps if scored else 0,
-            "batches scored": probe.batches if scored else 0,
+            "head warm-up steps": probe.head_warmup_steps if proxy and needs_head(proxy.statistics) else 0,
+            "batches scored": probe.batches if proxy else 0,
         },
         "memory_mib": {
             "process, model loaded": loaded,

@@ -19,7 +19,7 @@ from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights
-from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Track, gather
+from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Statistic, Track, gather
 from heterolora.sites import Site
 
 
@@ -211,7 +211,7 @@ def score_all(
             if not batches:
                 needing = [name for name, proxy in proxies.items() if proxy.statistics]
                 raise SettingError("probe.batches", 0, f"proxy={','.join(needing)} needs batches to score")
-            if any(statistic.needs_gradient for statistic in statistics):
+            if needs_head(statistics):
                 _warm_up_head(model, loss, warmup, probe, track)
             gathered = gather(bench, adapters, statistics)
         evidence = Evidence(sites, adapters, gathered, model.space.families, bench, seed)
@@ -220,6 +220,11 @@ def score_all(
             found[name] = proxy.score(evidence)
             check_scores(name, proxy, found[name], [site.name for site in sites])
     return found
+
+
+def needs_head(statistics: Iterable[Statistic]) -> bool:
+    """Whether any of them sees a gradient, which comes through the head: a forward pass alone does not."""
+    return any(statistic.needs_gradient for statistic in statistics)
 
 
 def _probe_adapters(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, Any]:

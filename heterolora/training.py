@@ -169,7 +169,7 @@ class _Run:
         plan = {
             "title": f"dry run of {self._title()}",
             "choices": dict(parts.choices),
-            **planned(module, data, parts.budget, parts.probe, parts.trainer, self._scored),
+            **planned(module, data, parts.budget, parts.probe, parts.trainer, parts.proxy if self._scored else None),
             "sizes": {split: len(table) for split, table in splits.tables.items()},
             "note": splits.note,
             "folder": str(self.folder),
@@ -325,7 +325,7 @@ class _Run:
                 "note": splits.note,
                 "origin": origin,
                 "sizes": {split: len(table) for split, table in splits.tables.items()},
-                "sha256": digest(splits, self.parts.task),
+                "sha256": module.identity["data"],
                 "labels": None if self.parts.task.labels is None else list(self.parts.task.labels),
             },
             "steps": trainer.global_step,

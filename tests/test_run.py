@@ -426,3 +426,13 @@ def test_a_chain_of_resumes_whose_first_link_is_gone_still_finishes(tmp_path, ca
     states = [json.loads((tmp_path / run / "status.json").read_text())["state"] for run in "bc"]
     assert states == ["continued", "finished"]
     assert "cannot be marked as continued" in caplog.text
+
+
+def test_a_dry_run_plans_no_warmed_up_head_for_what_looks_at_inputs_alone(tmp_path):
+    steps = {}
+    for proxy in ("grad_norm", "eva", "synflow"):
+        (tmp_path / proxy).mkdir()
+        train(prepare(tmp_path / proxy, "run=dry", f"proxy={proxy}"))
+        steps[proxy] = json.loads((tmp_path / proxy / "plan.json").read_text())["steps"]
+    found = {proxy: (plan["head warm-up steps"], plan["batches scored"]) for proxy, plan in steps.items()}
+    assert found == {"grad_norm": (2, 2), "eva": (0, 2), "synflow": (0, 0)}

@@ -102,7 +102,7 @@ class SquaredFactorGradients(Statistic):
 class MapGradient(Statistic):
     """G itself, ``[out, in]``."""
 
-    def observe(self, seen: Observation) -> Values | None:
+    def observe(self, seen: Observation) -> Values:
         """The call's G."""
         return (seen.flow.T @ seen.source,)
 
