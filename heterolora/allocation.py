@@ -70,12 +70,21 @@ def read_ranks(path: Path) -> dict[str, int]:
         if content["format"] != FORMAT:
             raise ValueError(f"allocation format {content['format']!r}, this version reads format {FORMAT}")
         content = content.get("ranks")
-    if not isinstance(content, dict):
+    return check_ranks(content)
+
+
+def check_ranks(content: Any) -> dict[str, int]:
+    """Ranks as plain values.
+
+    Raises:
+        ValueError: if it is no mapping of site name -> whole rank of at least 0.
+    """
+    if not isinstance(content, Mapping):
         raise ValueError("a JSON object of site name -> rank is needed")
     wrong = {k: v for k, v in content.items() if not isinstance(v, int) or isinstance(v, bool) or v < 0}
     if wrong:
         raise ValueError(f"ranks must be whole numbers of at least 0, got {wrong}")
-    return content
+    return dict(content)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Loading backbones: pretrained ones from a package, a folder or the hub, and tiny random ones for tests."""
 
+import copy
 import hashlib
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -55,6 +56,7 @@ class Backbone:
         fingerprint: SHA-256 of the pretrained parameters (the head is not part of it).
         layout: where its blocks and taps are, if the user said so.
         gradient_checkpointing: whether activations shall be recomputed.
+        drawn: names of those parameters of the head that were drawn from the seed.
     """
 
     model: nn.Module
@@ -63,11 +65,18 @@ class Backbone:
     fingerprint: str
     layout: Layout | None
     gradient_checkpointing: bool
+    drawn: tuple[str, ...]
 
     @property
     def positions(self) -> int | None:
         """Tokens that fit into the model; None: no limit, since it sees distances alone."""
         return _positions(self.model)
+
+    def copy(self, seed: int) -> "Backbone":
+        """What loading it again with another seed would give; the two share no parameter."""
+        model = copy.deepcopy(self.model)
+        _draw(model, self.drawn, seed)
+        return replace(self, model=model)
 
 
 @dataclass(frozen=True)
@@ -273,18 +282,13 @@ def _outside(model: Any) -> list[str]:
 def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: frozenset[str], seed: int) -> Backbone:
     trained = fresh.union(_outside(model))
     head = [name for name, _ in model.named_parameters() if name in trained]
-    std: float = getattr(model.config, "initializer_range", getattr(model.config, "init_std", 0.02))
-    for name, parameter in model.named_parameters():
-        if name in fresh and parameter.dim() > 1:
-            generator = torch.Generator().manual_seed(derive(seed, "head", name))
-            drawn = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-            with torch.no_grad():
-                parameter.copy_(drawn)
+    drawn = tuple(name for name, parameter in model.named_parameters() if name in fresh and parameter.dim() > 1)
     _prepare_tokenizer(tokenizer, model.config)
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders pool at the last token that is not this one
     if model.config.is_encoder_decoder:
         _prepare_encoder_decoder(model.config, tokenizer)
     _head_in_float32(model, head)
+    _draw(model, drawn, seed)
     return Backbone(
         model,
         tokenizer,
@@ -292,7 +296,18 @@ def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: froz
         fingerprint(model, head),
         _user_layout(settings),
         settings.gradient_checkpointing,
+        drawn,
     )
+
+
+def _draw(model: Any, names: Sequence[str], seed: int) -> None:
+    """Fill parameters from ``(seed, name)``."""
+    std: float = getattr(model.config, "initializer_range", getattr(model.config, "init_std", 0.02))
+    for name in names:
+        generator = torch.Generator().manual_seed(derive(seed, "head", name))
+        parameter = model.get_parameter(name)
+        with torch.no_grad():
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
 
 
 def _prepare_tokenizer(tokenizer: Any, config: Any) -> None:

@@ -91,6 +91,8 @@ class LitAdapted(L.LightningModule):
         self._seconds_before = 0.0
         self._training_since: float | None = None
         self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {}
+        self.found: dict[str, dict[str, float]] = {}  # split -> metric -> value, of its last evaluation
+        self.validated_step: int | None = None
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, torch.Tensor] = {}
 
@@ -146,6 +148,7 @@ class LitAdapted(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
         self._end("validation")
+        self.validated_step = self.trainer.global_step
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every test split."""
@@ -172,10 +175,12 @@ class LitAdapted(L.LightningModule):
         self.outputs[split].append({key: value.cpu() for key, value in kept.items()})
 
     def _end(self, split: str) -> None:
-        found = self._metrics[split].compute()
-        for name in self.task.metrics:
-            self.log(f"{split}/{name}", found[name], prog_bar=split == "validation")
-        self.log(f"{split}/loss", self._losses[split] / sum(len(part["index"]) for part in self.outputs[split]))
+        computed = self._metrics[split].compute()
+        found = {name: computed[name] for name in self.task.metrics}
+        found["loss"] = self._losses[split] / sum(len(part["index"]) for part in self.outputs[split])
+        for name, value in found.items():
+            self.log(f"{split}/{name}", value, prog_bar=split == "validation" and name != "loss")
+        self.found[split] = {name: value.item() for name, value in found.items()}
 
     def predictions(self, split: str) -> dict[str, torch.Tensor]:
         """The last evaluation of a split, in file order: ``index``, ``labels``, ``prediction``, ``logits``."""

@@ -1,6 +1,5 @@
 """From a composed config to a finished run: the only file that knows Hydra."""
 
-import hashlib
 import json
 import logging
 import math
@@ -10,14 +9,14 @@ import socket
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,38 +24,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heterolora.build import build
 from heterolora.errors import SettingError
+from heterolora.parts import NODES, config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
+from heterolora.quiet import quieten
 from heterolora.report.files import write_json
-from heterolora.training import Parts, Resume, run_training
+from heterolora.training import Resume, run_training
 
 _log = logging.getLogger(__name__)
 
-NODES = (
-    "model",
-    "task",
-    "data",
-    "search_space",
-    "adapter",
-    "optimizer",
-    "probe",
-    "proxy",
-    "allocator",
-    "budget",
-    "allocation",
-    "trainer",
-    "logger",
-)
-"""Config nodes that name a class."""
-
-
-HINTS = (
-    ".*does not have many workers.*",  # batches are ready in memory; workers would only cost
-    ".*The number of training batches .* is smaller than the logging interval.*",
-    ".*Experiment logs directory .* exists and is not empty.*",  # it is the run's own folder
-    ".*The dirpath has changed from.*",  # a resumed run writes to a folder of its own
-    ".*isinstance.treespec, LeafSpec.* is deprecated.*",  # Lightning's own use of torch
-)
-"""Warnings of libraries that a user can do nothing about."""
+Compose: TypeAlias = Callable[[Sequence[str]], tuple[dict[str, Any], dict[str, Any]]]
+"""Overrides -> resolved config, and group -> option."""
 
 
 class RunFailed(CompactHydraException):
@@ -74,8 +51,8 @@ def train(cfg: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    choices = {group: choice for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra/")}
-    _quieten()
+    choices = own_choices(hydra.runtime.choices)
+    quieten()
     with _status(folder) as status:
         _check_choices(choices, hydra.overrides.task)
         try:
@@ -108,47 +85,48 @@ def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None
             raise SettingError(group, given, f"one option is needed; for several runs: -m {group}=a,b")
 
 
-def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
-    """The objects that a config names, before anything is loaded.
-
-    Raises:
-        SettingError: for the first value that cannot be used.
-    """
-    seed = config["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise SettingError("seed", seed, "a whole number from 0 to 2^32 - 1")
-    if config["run"] not in ("full", "dry"):
-        raise SettingError("run", config["run"], "full, or dry: everything but training")
-    objects = {node: build(config[node], node) for node in NODES}
-    callbacks = [build(node, f"callbacks.{name}") for name, node in (config["callbacks"] or {}).items() if node]
-    return Parts(**objects, callbacks=callbacks, seed=seed, dry=config["run"] == "dry", choices=choices)
-
-
 def compose(overrides: Sequence[str]) -> dict[str, Any]:
     """The objects that ``train.py`` would make of these overrides, by node; nothing is loaded.
 
     Raises:
         SettingError: for an override or a value that cannot be used.
     """
+    with composer() as config_of:
+        config, _ = config_of(overrides)
+    return {node: build(config[node], node) for node in NODES}
+
+
+@contextmanager
+def composer() -> Iterator[Compose]:
+    """A function that makes of overrides what ``train.py`` would: the resolved config, and the choice of each group.
+
+    Inside a job of Hydra's it looks where that job looked. It raises SettingError for overrides that cannot be used.
+    """
+    if GlobalHydra.instance().is_initialized():
+        yield _compose
+        return
     packaged = Path(__file__).parent / "conf"
     folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        yield _compose
+
+
+def _compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            cfg = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
-        _check_choices(cfg.hydra.runtime.choices, overrides)
+        cfg = hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+        choices = own_choices(cfg.hydra.runtime.choices)
+        _check_choices(choices, overrides)
         with open_dict(cfg):
             del cfg["hydra"]
         config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise SettingError("overrides", " ".join(overrides), " ".join(str(error).split())) from error
-    return {node: build(config[node], node) for node in NODES}
+    return config, choices
 
 
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Identifies runs that would give the same result."""
-    relevant = {key: value for key, value in config.items() if key not in ("resume", "outputs", "logger", "callbacks")}
-    relevant["data"] = {key: value for key, value in config["data"].items() if key != "cache_dir"}
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def own_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """Group -> option, without Hydra's own groups."""
+    return {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
 
 
 def find_resume(config: Mapping[str, Any], folder: Path) -> Resume | None:
@@ -284,11 +262,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _quieten() -> None:
-    """Hints of libraries that have no place in a run's output."""
-    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in HINTS:
-        warnings.filterwarnings("ignore", message=message)

@@ -29,6 +29,7 @@ class TrainerSettings:
         devices: devices; one, as long as allocation in several processes is not built.
         strategy: Lightning's strategy.
         threads: CPU threads of torch; null: torch's own choice. Bits depend on it.
+        test: evaluate the test splits at the end; false while settings are still being chosen.
     """
 
     max_epochs: int
@@ -39,6 +40,7 @@ class TrainerSettings:
     devices: int
     strategy: str
     threads: int | None
+    test: bool
 
     def __post_init__(self) -> None:
         if self.max_epochs < 1:

@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,55 +21,29 @@ from safetensors.torch import save_file
 from heterolora import __version__
 from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
-from heterolora.allocators.base import Allocator
-from heterolora.backbone import Backbone, Pretrained, Tiny
-from heterolora.budget import Budget
-from heterolora.callbacks.allocate import Static
+from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
-from heterolora.data.module import Data, TextData
+from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
-from heterolora.lit import LitAdapted, Optimizer
+from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
+from heterolora.parts import Parts
 from heterolora.plan import planned
-from heterolora.proxies.base import Proxy, total
+from heterolora.proxies.base import total
 from heterolora.report.files import write_json, write_text, write_whole
-from heterolora.report.loggers import RunLogger
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import draw_allocation
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
-from heterolora.search import Probe, SearchResult, check_budget, rehearse, search
-from heterolora.space import SearchSpace, Space, survey
+from heterolora.search import SearchResult, check_budget, rehearse, search
+from heterolora.shelf import Shelf
+from heterolora.space import Space, survey
 from heterolora.tasks.base import Task
-from heterolora.trainer import TrainerSettings
 
 _log = logging.getLogger(__name__)
 
 _EARLIER = "metrics_earlier.csv"
 _SITE_COLUMNS = ("site", "kind", "role", "layer", "span", "in", "out", "score", "rank", "parameters")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The objects of a run, one for each node of the config."""
-
-    model: Pretrained | Tiny
-    task: Task
-    data: Data
-    search_space: SearchSpace
-    adapter: AdapterFamily
-    probe: Probe
-    proxy: Proxy
-    allocator: Allocator
-    budget: Budget
-    allocation: Static
-    optimizer: Optimizer
-    trainer: TrainerSettings
-    logger: RunLogger
-    callbacks: Sequence[L.Callback]
-    seed: int
-    dry: bool
-    choices: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -85,7 +59,14 @@ class Resume:
     checkpoint: Path
 
 
-def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: Resume | None) -> dict[str, Any]:
+def run_training(
+    parts: Parts,
+    config: Mapping[str, Any],
+    folder: Path,
+    resume: Resume | None,
+    shelf: Shelf | None = None,
+    accept: Callable[[Allocation], None] | None = None,
+) -> dict[str, Any]:
     """Run everything and leave the results in ``folder``.
 
     Args:
@@ -93,6 +74,8 @@ def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: 
         config: the resolved config, for the record.
         folder: the run's folder; nothing is written to it before the settings have proved usable.
         resume: an earlier run to go on with.
+        shelf: data and backbones that other runs of this process use, too; None: load them for this run.
+        accept: looks at the allocation before anything is trained, and raises if it will not do.
 
     Returns:
         The summary that is also written to ``summary.json``; a metric that is not defined is NaN here and null there.
@@ -101,7 +84,7 @@ def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: 
     reset_peak()
     threads = torch.get_num_threads()
     try:
-        return _Run(parts, config, folder, resume).execute()
+        return _Run(parts, config, folder, resume, shelf or Shelf(keep=False), accept).execute()
     finally:
         parts.logger.close(None)
         torch.set_num_threads(threads)
@@ -110,21 +93,33 @@ def run_training(parts: Parts, config: Mapping[str, Any], folder: Path, resume: 
 class _Run:
     """The steps of one run; what they share."""
 
-    def __init__(self, parts: Parts, config: Mapping[str, Any], folder: Path, resume: Resume | None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        config: Mapping[str, Any],
+        folder: Path,
+        resume: Resume | None,
+        shelf: Shelf,
+        accept: Callable[[Allocation], None] | None,
+    ) -> None:
         self.parts = parts
         self.config = config
         self.folder = folder
         self.resume = resume
+        self.shelf = shelf
+        self.accept = accept
 
     def execute(self) -> dict[str, Any]:
         parts = self.parts
         if parts.trainer.threads is not None:
             torch.set_num_threads(parts.trainer.threads)
         L.seed_everything(parts.seed, verbose=False)
-        splits, origin, task = parts.data.splits(parts.task)
+        given = self.config
+        material = self.shelf.material(parts, given)
+        splits, task = material.splits, material.task
         self.parts = parts = replace(parts, task=task)
-        self.config = for_the_record(self.config, task)
-        backbone = parts.model.load(task.outputs, parts.seed)
+        self.config = for_the_record(given, task)
+        backbone = self.shelf.backbone(parts, given, task.outputs)
         space = parts.search_space.resolve(survey(backbone.model, backbone.layout))
         model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
         if backbone.gradient_checkpointing:
@@ -132,7 +127,7 @@ class _Run:
         budget = parts.budget.resolve(space)
         check_budget(parts.allocator, budget, model)
         rehearse(parts.allocator, budget, model)
-        data = TextData(splits, parts.task, backbone.tokenizer, backbone.positions, parts.data, parts.seed)
+        data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
         module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity)
         if parts.dry:
@@ -154,8 +149,8 @@ class _Run:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        metrics = self._evaluate(trainer, module, data, ("validation", *splits.tests))
-        summary = self._summary(module, metrics, splits, origin, backbone, trainer)
+        metrics = self._evaluate(trainer, module, data, splits.tests if parts.trainer.test else ())
+        summary = self._summary(module, metrics, splits, material.origin, backbone, trainer)
         self._write_results(module, summary)
         print_summary(summary)
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
@@ -220,6 +215,8 @@ class _Run:
         lit.search_seconds = result.seconds
         allocation = Allocation(found.ranks, found.spent, found.budget, provenance)
         self._scored_rows = rows
+        if self.accept is not None:
+            self.accept(allocation)
         return SearchResult(result.scores, allocation, result.seconds)
 
     def _found(self, result: SearchResult, space: Space) -> None:
@@ -267,17 +264,14 @@ class _Run:
     # -- results ----------------------------------------------------------------------------------------------------
 
     def _evaluate(
-        self, trainer: L.Trainer, module: LitAdapted, data: TextData, splits: Sequence[str]
+        self, trainer: L.Trainer, module: LitAdapted, data: TextData, tests: Sequence[str]
     ) -> dict[str, dict[str, float]]:
-        """Metrics of the last step's weights on validation and every test split; NaN where one is not defined."""
-        trainer.validate(module, datamodule=data, verbose=False)
-        validation = dict(trainer.callback_metrics)
-        trainer.test(module, datamodule=data, verbose=False)
-        values = {**validation, **trainer.callback_metrics}
-        metrics = {
-            split: {name: values[f"{split}/{name}"].item() for name in (*self.parts.task.metrics, "loss")}
-            for split in splits
-        }
+        """Metrics of the last step's weights on validation and these test splits; NaN where one is not defined."""
+        if module.validated_step != trainer.global_step:  # the last epoch's validation saw the same weights
+            trainer.validate(module, datamodule=data, verbose=False)
+        if tests:
+            trainer.test(module, datamodule=data, verbose=False)
+        metrics = {split: module.found[split] for split in ("validation", *tests)}
         if wrong := [split for split, found in metrics.items() if not math.isfinite(found["loss"])]:
             raise FloatingPointError(f"the loss on {wrong} is not finite after training; lower optimizer.lr")
         return metrics

@@ -86,7 +86,7 @@ ALLOCATORS = {
     "knapsack": Entry(knapsack(None), **EXACT, gains=True),
     "knapsack_capped": Entry(knapsack(CAPPED), **EXACT, gains=True, limits=CAPPED),
     "knapsack_reserved": Entry(knapsack(RESERVED), **EXACT, limits=RESERVED),
-    "fixed": Entry(lambda seed, file: Fixed(str(file))),
+    "fixed": Entry(lambda seed, file: Fixed(str(file), None)),
 }
 EVERY = pytest.mark.parametrize("entry", ALLOCATORS.values(), ids=ALLOCATORS.keys())
 
@@ -910,7 +910,7 @@ def test_uniform_says_what_rank_1_would_cost():
 def from_file(tmp_path, content: str, problem: Problem) -> Allocation:
     path = tmp_path / "ranks.json"
     path.write_text(content)
-    return problem.solve(Fixed(str(path)))
+    return problem.solve(Fixed(str(path), None))
 
 
 @pytest.mark.parametrize(
@@ -952,9 +952,9 @@ def test_fixed_repeats_what_another_allocator_wrote(tmp_path_factory, problem):
 
 def test_fixed_needs_an_existing_file(tmp_path):
     with pytest.raises(SettingError, match="path=None"):
-        Fixed(None)
+        Fixed(None, None)
     with pytest.raises(SettingError, match="no such file"):
-        Fixed(str(tmp_path / "missing.json"))
+        Fixed(str(tmp_path / "missing.json"), None)
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------

@@ -641,7 +641,7 @@ def test_robertas_own_positions():
     config = AutoConfig.for_model("roberta", **_SIZES, max_position_embeddings=514, pad_token_id=1)
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(config)
-    assert Backbone(model, None, (), "", None, False).positions == 512
+    assert Backbone(model, None, (), "", None, False, ()).positions == 512
 
 
 # -- skeletons ---------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from heterolora.data.splits import Splits
 from heterolora.data.tokens import tokenise_table
 from heterolora.errors import SettingError
 from heterolora.lit import LitAdapted, Optimizer, in_file_order
-from heterolora.run import HINTS
+from heterolora.quiet import HINTS
 from heterolora.tasks.base import text_columns
 from heterolora.tasks.choice import Choice
 from heterolora.tasks.classification import Classification

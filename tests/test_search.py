@@ -121,7 +121,7 @@ def test_fixed_repeats_an_allocation(adapted, tmp_path):
     found = run(adapted).allocation
     path = tmp_path / "allocation.json"
     path.write_text(json.dumps(found.as_dict()))
-    again = run(adapted, allocator=Fixed(str(path)), batches=[]).allocation
+    again = run(adapted, allocator=Fixed(str(path), None), batches=[]).allocation
     assert again.ranks == found.ranks
     assert again.spent == found.spent
 

@@ -1,5 +1,6 @@
 """Batches for training, evaluation and scoring."""
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -198,6 +199,12 @@ class TextData(L.LightningDataModule):
         self.seed = seed
         self._tests = splits.tests
         self._collate = _Collator(tokenizer)
+
+    def reseeded(self, seed: int) -> "TextData":
+        """The same tokens in the order of another seed; this one must not have been given to a trainer."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Seeded order, batches of similar length."""

@@ -1,0 +1,21 @@
+"""Which words of libraries have no place in a run's output, and why."""
+
+import logging
+import warnings
+
+HINTS = (
+    ".*does not have many workers.*",  # batches are ready in memory; workers would only cost
+    ".*The number of training batches .* is smaller than the logging interval.*",
+    ".*Experiment logs directory .* exists and is not empty.*",  # it is the run's own folder
+    ".*The dirpath has changed from.*",  # a resumed run writes to a folder of its own
+    ".*isinstance.treespec, LeafSpec.* is deprecated.*",  # Lightning's own use of torch
+)
+"""Warnings of libraries that a user can do nothing about."""
+
+
+def quieten() -> None:
+    """Hints of libraries that have no place in a run's output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in HINTS:
+        warnings.filterwarnings("ignore", message=message)
