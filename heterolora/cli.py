@@ -1,4 +1,4 @@
-"""``python -m heterolora sites | evaluate | predict``: look at a backbone's sites, use a finished run."""
+"""``python -m heterolora sites | evaluate | predict | table``: a backbone's sites, a finished run, many runs."""
 
 import argparse
 import json
@@ -45,6 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("--output", type=Path, help="file for the CSV (default: stdout)")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     predict.set_defaults(run=_predict)
+
+    table = commands.add_parser("table", help="compare the runs below a folder: a sweep's, or a tournament's")
+    table.add_argument("folder", metavar="DIR", type=Path, help="folder with runs; unfinished ones are left out")
+    table.add_argument("--split", help="test, validation, ... (default: test where all runs have it)")
+    table.add_argument("--metric", help="e.g. accuracy, loss (default: the task's first)")
+    table.add_argument("--baseline", metavar="GROUP", help="compare the others with this group, pair by pair of seeds")
+    table.add_argument("--primary", metavar="GROUP", help="the one comparison that was chosen beforehand")
+    table.add_argument("--tolerance", type=float, default=0.01, help="share by which parameters may differ (0.01)")
+    table.add_argument("--unequal", action="store_true", help="mix unequal parameters and steps, and mark them")
+    table.add_argument("--format", choices=["terminal", "csv", "markdown", "latex"], default="terminal")
+    table.add_argument("--output", type=Path, help="file for it (default: stdout)")
+    table.set_defaults(run=_table)
 
     given = parser.parse_args(arguments)
     try:
@@ -93,8 +105,7 @@ def _predict(given: argparse.Namespace) -> None:
 
     if (given.file is None) == (given.text is None):
         raise SettingError("predict", "--file and --text", "give one of the two")
-    if given.output is not None and (given.output.is_dir() or not given.output.parent.is_dir()):
-        raise SettingError("--output", given.output, "needs the name of a file, in a folder that exists")
+    _check_output(given.output)
     loaded = load_run(given.folder, given.device)
     if given.file is None:
         table = texts_table(loaded.task, given.text)
@@ -107,6 +118,30 @@ def _predict(given: argparse.Namespace) -> None:
         joined.to_csv(sys.stdout, index=False)
     else:
         write_whole(given.output, partial(joined.to_csv, index=False))
+
+
+def _table(given: argparse.Namespace) -> None:
+    from heterolora.report.files import write_text
+    from heterolora.tables import FORMATS, TableSettings, table_of
+
+    if given.output is not None and given.format == "terminal":
+        raise SettingError("--output", given.output, f"needs --format, one of {list(FORMATS)}")
+    _check_output(given.output)
+    settings = TableSettings(given.split, given.metric, given.baseline, given.primary, given.tolerance, given.unequal)
+    table = table_of(given.folder, settings)
+    if given.format == "terminal":
+        table.show()
+    elif given.output is None:
+        sys.stdout.write(FORMATS[given.format](table.sections))
+    else:
+        write_text(given.output, FORMATS[given.format](table.sections))
+    if table.missing:
+        sys.stderr.write(f"{table.missing}\n")
+
+
+def _check_output(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise SettingError("--output", path, "needs the name of a file, in a folder that exists")
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ NODES = (
 )
 """Config nodes that name a class."""
 
-_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament")
+_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament", "table")
 """Config nodes on which no result depends."""
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,23 +112,26 @@ def find_results(folder: Path) -> Found:
     Runs are one group if their configs differ in the seed alone. A group's name is what tells it from the others.
 
     Raises:
-        SettingError: if there is no such folder, no finished run in it, or a file is damaged.
+        SettingError: if there is no such folder, no finished run in it, a file is damaged, or a control differs from
+            the run that it repeats.
     """
     if not folder.is_dir():
         raise SettingError("DIR", folder, "no such folder")
     results: list[Result] = []
     unfinished: dict[str, str] = {}
-    runs: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
+    runs: list[_Run] = []
     for path, kind in _walk(folder):
         if kind == ROWS:
             done, open_ones = _from_rows(path / ROWS)
             results += done
             unfinished |= open_ones
-        elif (state := _read_json(path / "status.json").get("state")) not in ("finished", "planned", "continued"):
-            unfinished[str(path)] = str(state)
-        elif state == "finished":
-            summary = _read_json(path / "summary.json")
-            runs.append((path, summary, _read_yaml(path / "config.yaml")))
+            continue
+        status = _read_json(path / "status.json")
+        if status.get("state") not in ("finished", "planned", "continued"):
+            unfinished[str(path)] = str(status.get("state"))
+        elif status["state"] == "finished" and (path / "summary.json").exists():  # a tournament's own log has none
+            given = status.get("overrides", [])
+            runs.append(_Run(path, _read_json(path / "summary.json"), _read_yaml(path / "config.yaml"), given))
     results += _from_runs(runs)
     if not results:
         states = f"; unfinished: {unfinished}" if unfinished else ""
@@ -136,9 +140,11 @@ def find_results(folder: Path) -> Found:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Folders with rows, whose own run folders are passed over, and run folders."""
+    """Folders with rows, whose own run folders are passed over, and run folders; jobs in the order of their number."""
     for place, inner, files in os.walk(folder):
-        inner.sort()
+        inner.sort(
+            key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+        )
         for kind in (ROWS, "status.json"):
             if kind in files:
                 yield Path(place), kind
@@ -147,72 +153,102 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _from_rows(path: Path) -> tuple[list[Result], dict[str, str]]:
-    """Runs and controls count; those that only chose a learning rate do not."""
+    """Runs count; those that only chose a learning rate do not, and controls must agree with what they repeat."""
     done, unfinished = [], {}
     newest = {row.get("key"): row for row in RowFile(path).rows()}
     for key, row in newest.items():
         place = f"{path}: {key}"
         try:
-            if row["stage"] == "tuning":
+            if row["stage"] != "run":
                 continue
             if row["state"] != "finished":
                 unfinished[place] = row["state"]
                 continue
-            done.append(
-                Result(
-                    row["section"],
-                    row["group"],
-                    row["seed"],
-                    row["metrics"],
-                    row["parameters"]["held"],
-                    row["steps"],
-                    place,
-                )
-            )
+            held, steps = row["parameters"]["held"], row["steps"]
+            done.append(Result(row["section"], row["group"], row["seed"], row["metrics"], held, steps, place))
         except (KeyError, TypeError) as error:
             raise SettingError("rows", place, f"lacks {error}") from error
+    check_controls(list(newest.values()))
     return done, unfinished
 
 
-def _from_runs(runs: Sequence[tuple[Path, dict[str, Any], dict[str, Any]]]) -> list[Result]:
-    try:
-        names = group_names([(summary["choices"], config) for _, summary, config in runs])
-        return [
-            Result(
-                f"{summary['choices']['task']}, {summary['choices']['model']}",
-                name,
-                summary["seed"],
-                summary["metrics"],
-                summary["parameters"]["held"],
-                summary["steps"],
-                str(path),
-            )
-            for name, (path, summary, _) in zip(names, runs, strict=True)
-        ]
-    except (KeyError, TypeError) as error:
-        raise SettingError("DIR", [str(path) for path, _, _ in runs][:1], f"a summary lacks {error}") from error
-
-
-_NOT_METHOD = frozenset({"seed", "resume", "outputs", "run"})
-_SECTION = ("task", "model")
-
-
-def group_names(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> list[str]:
-    """What tells each run from the others, the seed, the task and the backbone apart.
-
-    Args:
-        runs: for each the choices (group -> option) and the resolved config.
+def check_controls(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """A control must end with the very bits of the run that it repeats: everything trained, and every metric.
 
     Returns:
-        Of each run: the options and values in which runs differ, e.g. ``proxy=snip optimizer.lr=0.001``. A value that
-        follows from an option named already is left out. If runs differ in nothing: ``all runs``.
+        The seeds of the controls that were compared.
+
+    Raises:
+        SettingError: if one differs.
+    """
+    done = [row for row in rows if row["state"] == "finished"]
+    runs = {(row["group"], row["seed"]): row for row in done if row["stage"] == "run"}
+    seeds = []
+    for row in done:
+        other = runs.get((row["group"], row["seed"]))
+        if row["stage"] != "control" or other is None:
+            continue
+        if wrong := [what for what in ("digest", "metrics", "ranks") if row[what] != other[what]]:
+            raise SettingError(
+                "control",
+                row["key"],
+                f"is the same run as {other['key']}, but its {' and '.join(wrong)} differ: nothing there counts",
+            )
+        seeds.append(row["seed"])
+    return seeds
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run's folder, read."""
+
+    path: Path
+    summary: Mapping[str, Any]
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+
+
+def _from_runs(runs: Sequence[_Run]) -> list[Result]:
+    results = []
+    try:
+        names = group_names([(run.summary["choices"], run.config, run.overrides) for run in runs])
+        for name, run in zip(names, runs, strict=True):
+            summary, choices = run.summary, run.summary["choices"]
+            section, held = f"{choices['task']}, {choices['model']}", summary["parameters"]["held"]
+            metrics, place = summary["metrics"], str(run.path)
+            results.append(Result(section, name, summary["seed"], metrics, held, summary["steps"], place))
+    except (KeyError, TypeError) as error:
+        raise SettingError("DIR", [str(run.path) for run in runs][:1], f"a summary lacks {error}") from error
+    return results
+
+
+_NO_METHOD = frozenset(
+    {"seed", "resume", "outputs", "run", "logger", "callbacks", "tournament", "table", "data.cache_dir", "data.root"}
+)
+"""Values that tell no method from another; seeds are repetitions."""
+
+_APART = ("task", "model", "logger", "callbacks")
+"""Choices that tell no method from another: the first two are the section."""
+
+
+def group_names(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Sequence[str]]]) -> list[str]:
+    """What tells each run from the others; seed, task and backbone apart.
+
+    Args:
+        runs: for each the choices (group -> option), the resolved config, and the overrides that the user gave.
+
+    Returns:
+        Of each run: the options and values in which runs differ, e.g. ``proxy=snip optimizer.lr=0.001``. What follows
+        from something named already is left out; options come first, then what was given, then the rest. If runs
+        differ in nothing: ``all runs``.
     """
     names: list[list[str]] = [[] for _ in runs]
-    sections = [tuple(choices.get(key) for key in _SECTION) for choices, _ in runs]
-    known: list[tuple[Any, ...]] = list(sections)
-    flat = [_flat(config) for _, config in runs]
-    choices = [{k: v for k, v in given.items() if k not in (*_SECTION, "logger", "callbacks")} for given, _ in runs]
-    for table in (choices, flat):
+    known: list[tuple[Any, ...]] = [(choices.get("task"), choices.get("model")) for choices, _, _ in runs]
+    flat = [_flat(config, config.get("seed")) for _, config, _ in runs]
+    choices = [{key: value for key, value in given.items() if key not in _APART} for given, _, _ in runs]
+    given = {text.partition("=")[0].lstrip("+~") for _, _, overrides in runs for text in overrides}
+    user = [{key: value for key, value in row.items() if key in given} for row in flat]
+    for table in (choices, user, flat):
         for key in dict.fromkeys(key for row in table for key in row):
             values = [json.dumps(row.get(key), sort_keys=True, default=str) for row in table]
             if len(set(zip(known, values, strict=True))) == len(set(known)):
@@ -223,17 +259,15 @@ def group_names(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> 
     return [" ".join(name) or "all runs" for name in names]
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted names of all values on which results depend."""
+def _flat(node: Mapping[str, Any], seed: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted names of the values on which results depend, but for the seed, which some nodes repeat."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if not prefix and key in (*_NOT_METHOD, "logger", "callbacks", "tournament"):
-            continue
-        if name in ("data.cache_dir", "data.root"):
+        if name in _NO_METHOD or (key == "seed" and value == seed):
             continue
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{name}.")
+            flat |= _flat(value, seed, f"{name}.")
         else:
             flat[name] = value
     return flat

@@ -9,10 +9,10 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -24,16 +24,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 from heterolora.build import build
 from heterolora.errors import SettingError
+from heterolora.farm import WorkerLostError
 from heterolora.parts import NODES, config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
+from heterolora.tables import TableSettings, table_of
+from heterolora.tournament import Compose, Tournament, forecast, hold
 from heterolora.training import Resume, run_training
 
 _log = logging.getLogger(__name__)
-
-Compose: TypeAlias = Callable[[Sequence[str]], tuple[dict[str, Any], dict[str, Any]]]
-"""Overrides -> resolved config, and group -> option."""
 
 
 class RunFailed(CompactHydraException):
@@ -59,8 +59,12 @@ def train(cfg: DictConfig) -> float:
             config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         except OmegaConfBaseException as error:
             raise SettingError("config", error.full_key or "?", str(error).splitlines()[0]) from error
+        if config["tournament"] is not None:
+            _hold_tournament(config, hydra.overrides.task)
+            return math.nan
         parts = make_parts(config, choices)
         status["config_hash"] = config_hash(config)
+        status["overrides"] = list(hydra.overrides.task)
         write_json(folder / "status.json", status)
         resume = None if parts.dry else find_resume(config, folder)
         if resume is not None:
@@ -75,6 +79,39 @@ def train(cfg: DictConfig) -> float:
         return math.nan
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
+
+
+def _hold_tournament(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Several methods, as declared; its folder is the declaration's, whatever folder Hydra made for the log.
+
+    Raises:
+        SettingError: for anything that a user can mend, also where a run failed.
+    """
+    tournament: Tournament = build(config["tournament"], "tournament")
+    if config["resume"] is not False:
+        raise SettingError("resume", config["resume"], "a tournament goes on by itself: give the same command again")
+    folder = Path(config["outputs"]) / "tournaments" / tournament.name
+    with composer() as config_of:
+        if config["run"] == "dry":
+            for method, held in forecast(tournament, config_of, overrides).items():
+                _log.info("%s: %s", method, f"{held:,} parameters" if held else "as many as its scores lead to")
+            return
+        outcome = hold(tournament, config_of, overrides, folder)
+    settings = TableSettings(None, None, tournament.baseline, tournament.primary, tournament.tolerance, False)
+    table = table_of(folder, settings)
+    table.show()
+    table.write(folder)
+    for note in outcome.notes:
+        _log.info("%s", note)
+    if outcome.failed:
+        row = outcome.failed[0]
+        raise SettingError(
+            "tournament",
+            tournament.name,
+            f"{len(outcome.failed)} of {len(outcome.rows)} runs failed, the first is {row['key']}: {row['error']}; "
+            "the same command tries them again",
+        )
+    _log.info("all %d runs are done; rows, runs and tables are in %s", len(outcome.rows), folder)
 
 
 def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -234,7 +271,7 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         with _terminable():
             yield status
-    except (SettingError, DegenerateScores, FloatingPointError) as error:
+    except (SettingError, DegenerateScores, FloatingPointError, WorkerLostError) as error:
         end("failed", error=str(error))
         raise RunFailed(str(error)) from error
     except Exception as error:

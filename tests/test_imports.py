@@ -62,8 +62,8 @@ def test_files_were_found():
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_only_run_imports_hydra(path):
-    if module_name(path) != "heterolora.run":
+def test_only_run_and_its_callback_import_hydra(path):
+    if module_name(path) not in ("heterolora.run", "heterolora.multirun"):
         assert not top(imports(path)) & {"hydra", "omegaconf"}
 
 

@@ -1,0 +1,44 @@
+"""What happens around a multirun: at its end, the table of its runs. Hydra loads this before any job."""
+
+import atexit
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+_log = logging.getLogger(__name__)
+
+
+class ShowTable(Callback):
+    """Shows and writes the table when a multirun ends, also when some of its jobs failed."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra tells nobody about the end of a multirun of which a job failed, so the process's end has to do."""
+        self._show = partial(show, Path(config.hydra.sweep.dir), OmegaConf.to_container(config.table, resolve=True))
+        atexit.register(self._show)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Show it now."""
+        atexit.unregister(self._show)
+        self._show()
+
+
+def show(folder: Path, node: Any) -> None:
+    """The table of a sweep's folder; what makes it impossible is one line, since the runs themselves are done."""
+    from heterolora.build import build  # not before: what only prints help or a config must not wait for torch
+    from heterolora.errors import SettingError
+    from heterolora.tables import table_of
+
+    try:
+        table = table_of(folder, build(node, "table"))
+    except SettingError as error:
+        _log.warning("no table: %s (python -m heterolora table %s)", error, folder)
+        return
+    table.show()
+    table.write(folder)
+    if table.missing:
+        _log.warning("%s", table.missing)
+    _log.info("table.csv, table.md and table.tex are in %s", folder)

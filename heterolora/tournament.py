@@ -1,0 +1,330 @@
+"""A declared comparison: methods, seeds and learning rates are fixed before the first run, and so is what is compared.
+
+The rules, and why they are these, are in ``docs/protocol.md``.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from heterolora.build import build
+from heterolora.errors import SettingError
+from heterolora.farm import Cell, play
+from heterolora.parts import make_parts, result_settings
+from heterolora.report.files import write_json
+from heterolora.results import ROWS, check_controls
+from heterolora.space import survey
+
+_log = logging.getLogger(__name__)
+
+Compose: TypeAlias = Callable[[Sequence[str]], tuple[dict[str, Any], dict[str, Any]]]
+"""Overrides -> resolved config, and group -> option."""
+
+SHARED = ("model", "task", "data", "trainer", "optimizer", "adapter.scaling", "adapter.scale", "adapter.dropout")
+"""What methods may not change: the same data in the same order, the same steps, one scale rule. The learning rate is
+chosen for each method by the same number of trials."""
+
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
+
+
+@dataclass(frozen=True)
+class Tournament:
+    """What is compared, declared before anything is run.
+
+    Args:
+        name: of its folder; a folder holds one declaration, and another one is refused there.
+        methods: name -> overrides of the config that make it.
+        baseline: the method that the others are compared with; runs hold what it may hold.
+        primary: the method whose comparison with the baseline is the claim; the others' p-values are corrected. Null:
+            none is, and all are.
+        control: a method that is run a second time under each seed and must agree bit for bit; null: none.
+        seeds: of the runs that are reported.
+        rates: learning rates; if there are several, each method is run with each under ``tuning_seeds`` and keeps the
+            one with the best mean first metric on validation.
+        tuning_seeds: seeds of those trials, none of which is in ``seeds``.
+        workers: processes; null: as many as the cores allow with ``trainer.threads`` each.
+        tolerance: by how much held parameters may differ from the baseline's, as a share of them.
+    """
+
+    name: str
+    methods: Mapping[str, Sequence[str]]
+    baseline: str
+    primary: str | None
+    control: str | None
+    seeds: Sequence[int]
+    rates: Sequence[float]
+    tuning_seeds: Sequence[int]
+    workers: int | None
+    tolerance: float
+
+    def __post_init__(self) -> None:
+        names = list(self.methods)
+        if wrong := [name for name in (self.name, *names) if not name or set(name) - _NAME]:
+            raise SettingError("name", wrong[0], "names have letters, digits, - and _")
+        if len(names) < 2:
+            raise SettingError("methods", names, "at least two are needed")
+        for key in ("baseline", "primary", "control"):
+            given = getattr(self, key)
+            if given not in names and (given is not None or key == "baseline"):
+                raise SettingError(key, given, f"possible: {names}")
+        if self.primary == self.baseline:
+            raise SettingError("primary", self.primary, "is the baseline; name another method, or null")
+        if not 0 <= self.tolerance < 1:
+            raise SettingError("tolerance", self.tolerance, "a share from 0 up to, not including, 1")
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        for key in ("seeds", "rates", "tuning_seeds"):
+            given = list(getattr(self, key))
+            if not given and key != "tuning_seeds":
+                raise SettingError(key, given, "at least one")
+            if len(set(given)) < len(given):
+                raise SettingError(key, given, "each once")
+        if len(self.rates) > 1 and not self.tuning_seeds:
+            raise SettingError("tuning_seeds", [], f"at least one, to choose among {len(self.rates)} rates")
+        if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
+            raise SettingError("tuning_seeds", both, "are seeds of reported runs, too; choose on others")
+
+    def declaration(self) -> dict[str, Any]:
+        """Everything on which the outcome depends."""
+        return {key: value for key, value in json.loads(json.dumps(asdict(self))).items() if key != "workers"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a tournament found.
+
+    Attributes:
+        rows: of the reported runs and the controls; some may have failed.
+        rates: method -> the learning rate that it was run with.
+        notes: what a reader should know.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+    rates: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    @property
+    def failed(self) -> list[Mapping[str, Any]]:
+        """Rows of runs that did not finish."""
+        return [row for row in self.rows if row["state"] != "finished"]
+
+
+def hold(tournament: Tournament, compose: Compose, overrides: Sequence[str], folder: Path) -> Outcome:
+    """Choose the learning rates, run everything, and check it.
+
+    What is done already is not done again.
+
+    Args:
+        tournament: the declaration.
+        compose: makes configs of overrides.
+        overrides: what all runs have in common.
+        folder: where its rows and runs are, or will be.
+
+    Raises:
+        SettingError: if methods differ in what they must share, hold unequal parameters as far as is known before
+            scores are, the folder holds another declaration, or a control differs from the run that it repeats.
+        WorkerLostError: see ``play``.
+    """
+    plan = _Plan(tournament, compose, overrides)
+    plan.check()
+    _declare(folder, {**tournament.declaration(), "shared": plan.shared})
+    _log.info(
+        "tournament %s: %d methods, %d seeds, %d learning rates; %s",
+        tournament.name,
+        len(tournament.methods),
+        len(tournament.seeds),
+        len(tournament.rates),
+        folder,
+    )
+    rates, notes = plan.tune(folder)
+    cells = plan.cells(rates)
+    rows = play(cells, folder, workers=tournament.workers, keep=True)
+    if repeated := check_controls(rows):
+        notes.append(f"control: the runs with seeds {repeated} were repeated, and are the same bit for bit")
+    return Outcome(tuple(rows), rates, tuple(notes))
+
+
+def forecast(tournament: Tournament, compose: Compose, overrides: Sequence[str]) -> dict[str, int | None]:
+    """What each method will hold, None where that depends on scores; nothing is run.
+
+    Raises:
+        SettingError: as ``hold`` does before the first run.
+    """
+    return _Plan(tournament, compose, overrides).check()
+
+
+class _Plan:
+    """The runs of a tournament."""
+
+    def __init__(self, tournament: Tournament, compose: Compose, overrides: Sequence[str]) -> None:
+        self.tournament = tournament
+        self.compose = compose
+        self.overrides = [*(text for text in overrides if not text.startswith("tournament")), "tournament=null"]
+        self.held: tuple[int, int] | None = None
+        self.shared: dict[str, Any] = {}
+
+    def cell(self, method: str, seed: int, rate: float, stage: str) -> Cell:
+        """One run."""
+        given = merged(self.overrides, self.tournament.methods[method])
+        given = merged(given, [f"seed={seed}", f"optimizer.lr={rate!r}"])
+        if stage == "tuning":
+            given = merged(given, ["trainer.test=false"])  # what is reported is not looked at
+        config, choices = self.compose(given)
+        key = f"{stage}-{method}-lr{rate:g}-s{seed}"
+        return Cell(key, method, stage, config, choices, f"python train.py {_quoted(given)}", self.held)
+
+    def check(self) -> dict[str, int | None]:
+        """Refuse what can be refused before anything is run.
+
+        Returns:
+            What each method will hold, as far as that does not depend on scores.
+        """
+        tournament = self.tournament
+        first = {name: self.cell(name, tournament.seeds[0], tournament.rates[0], "run") for name in tournament.methods}
+        base = first[tournament.baseline].config
+        for name, cell in first.items():
+            for key in SHARED:
+                if (wanted := _at(base, key)) != (given := _at(cell.config, key)):
+                    raise self._refused(name, f"changes {key}, which all must share: {_difference(wanted, given)}")
+        settings = result_settings(base)
+        self.shared = {key: settings[key] for key in ("model", "task", "data", "trainer", "optimizer", "adapter")}
+        forecasts = {name: _forecast(cell) for name, cell in first.items()}
+        budget, spent = forecasts[tournament.baseline]
+        reference = budget if spent is None else spent
+        known = {name: found for name, (_, found) in forecasts.items()}
+        if reference is None:
+            return known  # the budget counts sites: what they hold is known, and checked, when they have run
+        share = tournament.tolerance
+        least, most = self.held = math.ceil(reference * (1 - share)), math.floor(reference * (1 + share))
+        for name, found in known.items():
+            if found is not None and not least <= found <= most:
+                raise self._refused(
+                    name, f"would hold {found} parameters, {tournament.baseline} {reference}; {least} to {most} will do"
+                )
+        return known
+
+    def _refused(self, method: str, why: str) -> SettingError:
+        return SettingError(f"tournament.methods.{method}", list(self.tournament.methods[method]), why)
+
+    def tune(self, folder: Path) -> tuple[dict[str, float], list[str]]:
+        """The learning rate of each method, and what a reader should know about the choice.
+
+        Raises:
+            SettingError: if no rate of a method could be run to its end.
+        """
+        tournament, rates, seeds = self.tournament, self.tournament.rates, self.tournament.tuning_seeds
+        if len(rates) == 1:
+            return dict.fromkeys(tournament.methods, rates[0]), []
+        trials = [(method, rate, seed) for method in tournament.methods for rate in rates for seed in seeds]
+        cells = [self.cell(method, seed, rate, "tuning") for method, rate, seed in trials]
+        rows = play(cells, folder, workers=tournament.workers, keep=False)
+        larger = make_parts(cells[0].config, cells[0].choices).task.mode == "max"
+        found: dict[str, dict[float, list[float]]] = {}
+        for (method, rate, _), row in zip(trials, rows, strict=True):
+            value = _first(row, worst=-math.inf if larger else math.inf)
+            found.setdefault(method, {}).setdefault(rate, []).append(value)
+        chosen, notes = {}, []
+        for method, values in found.items():
+            means = {rate: sum(given) / len(given) for rate, given in values.items()}
+            best = (max if larger else min)(means.values())
+            if not math.isfinite(best):
+                raise self._refused(method, f"no learning rate of {list(rates)} could be run to its end")
+            chosen[method] = min(rate for rate, mean in means.items() if mean == best)
+            shown = ", ".join(f"{rate:g}: {mean:.4f}" for rate, mean in means.items())
+            note = f"{method}: learning rate {chosen[method]:g}, by validation with seeds {list(seeds)} ({shown})"
+            if chosen[method] in (min(rates), max(rates)):
+                note += "; it is at the edge of the grid"
+            notes.append(note)
+            _log.info("%s", note)
+        return chosen, notes
+
+    def cells(self, rates: Mapping[str, float]) -> list[Cell]:
+        """The reported runs, seed by seed, so that one that is broken off has whole pairs; then the controls."""
+        methods, seeds, control = self.tournament.methods, self.tournament.seeds, self.tournament.control
+        cells = [self.cell(method, seed, rates[method], "run") for seed in seeds for method in methods]
+        if control is not None:
+            cells += [self.cell(control, seed, rates[control], "control") for seed in seeds]
+        return cells
+
+
+def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
+    """Overrides in which later ones replace earlier ones of the same name."""
+    table = {text.partition("=")[0].lstrip("+~"): text for text in overrides}
+    for text in more:
+        name = text.partition("=")[0].lstrip("+~")
+        table.pop(name, None)
+        table[name] = text
+    return list(table.values())
+
+
+def _forecast(cell: Cell) -> tuple[int | None, int | None]:
+    """The budget in parameters, and what will be held where that does not depend on scores; None: not known."""
+    nodes = ("model", "search_space", "adapter", "allocator", "budget", "task")
+    made = {node: build(cell.config[node], node) for node in nodes}
+    skeleton = made["model"].skeleton(2)
+    space = made["search_space"].resolve(survey(skeleton.model, skeleton.layout))
+    budget = made["budget"].resolve(space)
+    if made["allocator"].gain_rule is not None:
+        return (budget if isinstance(budget, int) else None), None
+    limits = {site.name: [0.0] * min(site.in_features, site.out_features) for site in space.sites}
+    spent = made["allocator"].allocate(limits, made["adapter"].cost(space.sites), budget, space.groups).spent
+    return (budget if isinstance(budget, int) else None), spent
+
+
+def _declare(folder: Path, declaration: Mapping[str, Any]) -> None:
+    """Write the declaration before the first run, or refuse another than the one that is there.
+
+    Raises:
+        SettingError: if it differs, with what differs.
+    """
+    path, declaration = folder / "declaration.json", json.loads(json.dumps(declaration))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before != declaration:
+            raise SettingError(
+                "tournament.name",
+                declaration["name"],
+                f"{folder} was declared otherwise: {_difference(before, declaration)}; a comparison is declared before "
+                "its first run, give another name",
+            )
+        return
+    if (folder / ROWS).exists():
+        raise SettingError("tournament.name", declaration["name"], f"{folder} holds rows, but no declaration")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, declaration)
+
+
+def _difference(before: Any, after: Any, name: str = "") -> str:
+    """The first place in which two configs differ, and the two values."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in {**before, **after}:
+            if before.get(key) != after.get(key):
+                return _difference(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))
+    return f"{name + ': ' if name else ''}{before} and {after}"
+
+
+def _at(config: Mapping[str, Any], key: str) -> Any:
+    """A value of a config; the optimizer's without the learning rates, which are chosen for each method."""
+    value: Any = config
+    for part in key.split("."):
+        value = value[part] if isinstance(value, Mapping) and part in value else None
+    if key == "optimizer":
+        value = {name: inner for name, inner in value.items() if name not in ("lr", "head_lr")}
+    return value
+
+
+def _first(row: Mapping[str, Any], worst: float) -> float:
+    """The first metric on validation; a run that failed, or has none, is the worst."""
+    if row["state"] != "finished":
+        return worst
+    value = next(iter(row["metrics"]["validation"].values()))
+    return worst if value is None else float(value)
+
+
+def _quoted(overrides: Sequence[str]) -> str:
+    return " ".join(f"'{text}'" if set(text) & set(' {}[]()*$&|;<>"') else text for text in overrides)
