@@ -1,11 +1,12 @@
-# make train | test | test-quick | test-slow | lint | clean        settings: VENV, PYTHON, TORCH_INDEX, ARGS
+# make train | test | test-quick | test-slow | tournament-small | allocation-table | proxy-scores | lint | format | clean
+# settings: VENV, PYTHON, TORCH_INDEX, ARGS
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-quick test-slow lint format clean
+.PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores lint format clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
@@ -19,6 +20,18 @@ test-quick: $(VENV)/installed-dev
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Three methods, three seeds and a control under the rules of docs/protocol.md; it may be stopped and goes on.
+tournament-small: $(VENV)/installed
+	$(BIN)/python train.py experiment=tournament_small $(ARGS)
+
+# Train what the table of trained allocations still lacks (hours; it may be stopped and goes on).
+allocation-table: $(VENV)/installed
+	$(BIN)/python -m benchmarks.allocation_table.make $(ARGS)
+
+# Judge every proxy on the rows that the table has; scores that are missing are computed first (minutes).
+proxy-scores: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.allocation_table.judge $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

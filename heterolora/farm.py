@@ -1,6 +1,7 @@
 """Many runs in few processes: each process loads once, each finished run becomes a row."""
 
 import fcntl
+import gc
 import hashlib
 import logging
 import multiprocessing
@@ -176,12 +177,13 @@ def _outcomes(cells: Sequence[Cell], folder: Path, workers: int, keep: bool) -> 
             while waiting and len(running) < workers:  # few at a time, so that what waits is known
                 cell = waiting.pop()
                 running[pool.submit(_run_cell, cell, folder, keep)] = cell
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                yield _row(cell, future.result(), commit)
+            ended = wait(running, return_when=FIRST_COMPLETED).done
+            for future in sorted(ended, key=lambda future: future.exception() is not None):  # rows before errors
+                yield _row(running[future], future.result(), commit)
+                running.pop(future)
         pool.shutdown()
     except BrokenProcessPool as error:
-        keys = ", ".join(cell.key for cell in running.values()) or "?"
+        keys = ", ".join(cell.key for cell in running.values())
         raise WorkerLostError(
             f"a process was killed while at {keys} (out of memory?); finished runs are in {folder / ROWS}, "
             "and the same command goes on from there"
@@ -252,13 +254,14 @@ def _run_cell(cell: Cell, folder: Path, keep: bool) -> dict[str, Any]:
     times = {"started": _now()}
     begin = time.monotonic()
     try:
-        with (place / "log.txt").open("w") as log, redirect_stdout(log), _logging_to(place / "log.txt"):
+        with (place / "log.txt").open("a") as log, redirect_stdout(log), _logging_to(place / "log.txt"):
             outcome = _attempt(cell, place)
         outcome["seconds"] = {**outcome.get("seconds", {}), "all": round(time.monotonic() - begin, 2)}
         write_json(place / "status.json", {"state": outcome["state"], "config_hash": config_hash(cell.config), **times})
     finally:
         if not keep:
             shutil.rmtree(place, ignore_errors=True)
+        gc.collect()  # trainer and module hold each other, and a model is large
     return {**outcome, **times, "ended": _now()}
 
 

@@ -6,6 +6,7 @@ The rules, and why they are these, are in ``docs/protocol.md``.
 import json
 import logging
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,7 +165,10 @@ class _Plan:
     def __init__(self, tournament: Tournament, compose: Compose, overrides: Sequence[str]) -> None:
         self.tournament = tournament
         self.compose = compose
-        self.overrides = [*(text for text in overrides if not text.startswith("tournament")), "tournament=null"]
+        self.overrides = [
+            *(text for text in overrides if not text.lstrip("+~").startswith("tournament")),
+            "tournament=null",
+        ]
         self.held: tuple[int, int] | None = None
         self.shared: dict[str, Any] = {}
 
@@ -176,7 +180,7 @@ class _Plan:
             given = merged(given, ["trainer.test=false"])  # what is reported is not looked at
         config, choices = self.compose(given)
         key = f"{stage}-{method}-lr{rate:g}-s{seed}"
-        return Cell(key, method, stage, config, choices, f"python train.py {_quoted(given)}", self.held)
+        return Cell(key, method, stage, config, choices, command(given), self.held)
 
     def check(self) -> dict[str, int | None]:
         """Refuse what can be refused before anything is run.
@@ -233,7 +237,8 @@ class _Plan:
             means = {rate: sum(given) / len(given) for rate, given in values.items()}
             best = (max if larger else min)(means.values())
             if not math.isfinite(best):
-                raise self._refused(method, f"no learning rate of {list(rates)} could be run to its end")
+                why = next(row["error"] for row in rows if row["group"] == method and row["state"] != "finished")
+                raise self._refused(method, f"no learning rate of {list(rates)} could be run to its end ({why})")
             chosen[method] = min(rate for rate, mean in means.items() if mean == best)
             shown = ", ".join(f"{rate:g}: {mean:.4f}" for rate, mean in means.items())
             note = f"{method}: learning rate {chosen[method]:g}, by validation with seeds {list(seeds)} ({shown})"
@@ -260,6 +265,11 @@ def merged(overrides: Sequence[str], more: Sequence[str]) -> list[str]:
         table.pop(name, None)
         table[name] = text
     return list(table.values())
+
+
+def command(overrides: Sequence[str]) -> str:
+    """What a shell runs with these overrides."""
+    return " ".join(["python", "train.py", *map(shlex.quote, overrides)])
 
 
 def _forecast(cell: Cell) -> tuple[int | None, int | None]:
@@ -324,7 +334,3 @@ def _first(row: Mapping[str, Any], worst: float) -> float:
         return worst
     value = next(iter(row["metrics"]["validation"].values()))
     return worst if value is None else float(value)
-
-
-def _quoted(overrides: Sequence[str]) -> str:
-    return " ".join(f"'{text}'" if set(text) & set(' {}[]()*$&|;<>"') else text for text in overrides)

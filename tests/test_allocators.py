@@ -18,9 +18,11 @@ from omegaconf import OmegaConf
 
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator, GainRule, tie_order
+from heterolora.allocators.exact import spend_exactly
 from heterolora.allocators.fixed import Fixed
 from heterolora.allocators.greedy import Greedy
 from heterolora.allocators.knapsack import Knapsack
+from heterolora.allocators.limits import LimitRule
 from heterolora.allocators.proportional import Proportional
 from heterolora.allocators.top import Top
 from heterolora.allocators.uniform import Uniform
@@ -44,6 +46,7 @@ class Entry:
 
     make: Callable[[int, Path], Allocator]
     fills: bool = False  # leaves less than the cheapest unit it could still add
+    spends: bool = False  # spends the whole budget where some ranks can
     draws: bool = False  # breaks ties by its seed
     grows: bool = True  # a larger budget never spends less
     gains: bool = False  # a larger budget never gains less
@@ -56,21 +59,22 @@ CAPPED = {"shortcut": {"max_share": 0.6, "max_rank": 3}}
 RESERVED = {"lora": {"min_share": 0.3}, "shortcut": {"min_share": 0.25, "max_share": 0.6}}
 
 
-def greedy(limits, min_rank=0, gain="harmonic"):
-    return lambda seed, file: Greedy(min_rank, 5, gain, "none", limits, seed)
+def greedy(limits, min_rank=0, gain="harmonic", exact=False):
+    return lambda seed, file: Greedy(min_rank, 5, gain, "none", limits, exact, seed)
 
 
-def proportional(limits):
-    return lambda seed, file: Proportional(0, 5, "none", limits, seed)
+def proportional(limits, exact=False):
+    return lambda seed, file: Proportional(0, 5, "none", limits, exact, seed)
 
 
-def knapsack(limits):
-    return lambda seed, file: Knapsack(0, 5, "flat", "none", limits, seed)
+def knapsack(limits, exact=False):
+    return lambda seed, file: Knapsack(0, 5, "flat", "none", limits, exact, seed)
 
 
 FILLS = {"fills": True, "draws": True}
 SHARES = {**FILLS, "grows": False, "additive": True, "positive": True}
-EXACT = {**FILLS, "grows": False, "additive": True}
+PRICED = {**FILLS, "grows": False, "additive": True}
+SPENDS = {"spends": True}
 
 ALLOCATORS = {
     "top_combined": Entry(lambda seed, file: Top("combined", 2, "none", seed), draws=True),
@@ -80,12 +84,21 @@ ALLOCATORS = {
     "greedy_min_rank": Entry(greedy(None, 1, "flat"), **FILLS),
     "greedy_capped": Entry(greedy(CAPPED), **FILLS, grows=False, additive=True, limits=CAPPED),
     "greedy_reserved": Entry(greedy(RESERVED), **FILLS, grows=False, additive=True, limits=RESERVED),
+    "greedy_exact": Entry(greedy(None, exact=True), **FILLS, **SPENDS, grows=False),
+    "greedy_capped_exact": Entry(greedy(CAPPED, exact=True), **PRICED, **SPENDS, limits=CAPPED),
+    "greedy_reserved_exact": Entry(greedy(RESERVED, exact=True), **PRICED, **SPENDS, limits=RESERVED),
     "proportional": Entry(proportional(None), **SHARES),
     "proportional_capped": Entry(proportional(CAPPED), **SHARES, limits=CAPPED),
     "proportional_reserved": Entry(proportional(RESERVED), **SHARES, limits=RESERVED),
-    "knapsack": Entry(knapsack(None), **EXACT, gains=True),
-    "knapsack_capped": Entry(knapsack(CAPPED), **EXACT, gains=True, limits=CAPPED),
-    "knapsack_reserved": Entry(knapsack(RESERVED), **EXACT, limits=RESERVED),
+    "proportional_exact": Entry(proportional(None, exact=True), **SHARES, **SPENDS),
+    "proportional_capped_exact": Entry(proportional(CAPPED, exact=True), **SHARES, **SPENDS, limits=CAPPED),
+    "proportional_reserved_exact": Entry(proportional(RESERVED, exact=True), **SHARES, **SPENDS, limits=RESERVED),
+    "knapsack": Entry(knapsack(None), **PRICED, gains=True),
+    "knapsack_capped": Entry(knapsack(CAPPED), **PRICED, gains=True, limits=CAPPED),
+    "knapsack_reserved": Entry(knapsack(RESERVED), **PRICED, limits=RESERVED),
+    "knapsack_exact": Entry(knapsack(None, exact=True), **PRICED, **SPENDS),
+    "knapsack_capped_exact": Entry(knapsack(CAPPED, exact=True), **PRICED, **SPENDS, limits=CAPPED),
+    "knapsack_reserved_exact": Entry(knapsack(RESERVED, exact=True), **PRICED, **SPENDS, limits=RESERVED),
     "fixed": Entry(lambda seed, file: Fixed(str(file), None)),
 }
 EVERY = pytest.mark.parametrize("entry", ALLOCATORS.values(), ids=ALLOCATORS.keys())
@@ -277,6 +290,21 @@ def test_less_is_left_than_the_cheapest_unit_that_could_be_added(entry, file, da
     assert_full(problem, problem.solve(entry.make(0, file)).ranks, entry.limits, 5)
 
 
+@those("spends")
+@PROPERTY
+@given(data=st.data())
+def test_the_whole_budget_is_spent_where_some_ranks_can(entry, file, data):
+    # With at most 4 units at each of 4 sites, no trade has to take back more than 12.
+    drawn = problems(tied=False, labels=tuple(entry.limits), sites=4, units=4)
+    problem, allocator = data.draw(drawn), entry.make(0, file)
+    assume(not entry.positive or any(map(any, problem.gains.values())))
+    found, plain = problem.solve(allocator), problem.solve(replace(allocator, exact=False))
+    if whole_choices(problem, entry.limits):
+        assert found.spent == whole(problem)
+    else:
+        assert found == plain
+
+
 @those("additive")
 def test_an_adapter_whose_sites_share_factors_is_refused_where_it_cannot_be_right(entry, file):
     problem = equal_problem(20)
@@ -331,8 +359,8 @@ def test_a_number_of_sites_is_understood_or_refused(entry, file):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda seed: Greedy(0, 2, "flat", "none", None, seed),
-        lambda seed: Knapsack(0, 2, "flat", "none", None, seed),
+        lambda seed: Greedy(0, 2, "flat", "none", None, exact=False, seed=seed),
+        lambda seed: Knapsack(0, 2, "flat", "none", None, exact=False, seed=seed),
         lambda seed: Top("combined", 2, "none", seed),
     ],
 )
@@ -351,7 +379,7 @@ def test_greedy_prices_a_unit_by_what_is_held_already():
     # Sharing costs 6 once: first a (14/7), then b (8/2, at first 8/8) before c (10/3, at first 10/9).
     gains = {"a": [14.0], "b": [8.0], "c": [10.0]}
     problem = Problem(gains, TiedCost(6, {"a": 1, "b": 2, "c": 3}), dict.fromkeys(gains, "lora"), 10)
-    assert active(problem.solve(Greedy(0, 1, "flat", "none", None, 0))) == {"a", "b"}
+    assert active(problem.solve(Greedy(0, 1, "flat", "none", None, exact=False, seed=0))) == {"a", "b"}
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["additive", "joint cost"])
@@ -370,7 +398,7 @@ def test_greedy_takes_the_best_gain_per_parameter_at_every_step(tied, data):
         if not fitting:
             break
         ranks[min(fitting, key=lambda name: (-problem.gains[name][ranks[name]] / price(name), tie_order(3, name)))] += 1
-    assert problem.solve(Greedy(0, 5, "flat", "none", None, 3)).ranks == ranks
+    assert problem.solve(Greedy(0, 5, "flat", "none", None, exact=False, seed=3)).ranks == ranks
 
 
 @PROPERTY
@@ -388,27 +416,29 @@ def test_greedy_is_optimal_where_all_units_cost_the_same(values, price, budget):
 
     possible = itertools.product(*(range(len(units) + 1) for units in gains.values()))
     best = max(total(ranks) for ranks in possible if price * sum(ranks) <= budget)
-    allocation = problem.solve(Greedy(0, 5, "flat", "none", None, 0))
+    allocation = problem.solve(Greedy(0, 5, "flat", "none", None, exact=False, seed=0))
     assert total(allocation.ranks[name] for name in gains) == best
 
 
 @PROPERTY
 @given(problem=problems(least=2))
 def test_greedy_gives_every_site_its_least_rank_first(problem):
-    assert min(problem.solve(Greedy(2, 5, "flat", "none", None, 0)).ranks.values()) >= 2
+    assert min(problem.solve(Greedy(2, 5, "flat", "none", None, exact=False, seed=0)).ranks.values()) >= 2
 
 
 def test_greedy_names_a_least_rank_that_is_too_dear_or_too_large():
     problem = equal_problem(budget=15)
     with pytest.raises(SettingError, match=r"allocator.min_rank=2: costs 16, the budget is 15"):
-        problem.solve(Greedy(2, 5, "flat", "none", None, 0))
+        problem.solve(Greedy(2, 5, "flat", "none", None, exact=False, seed=0))
     with pytest.raises(SettingError, match=r"allocator.min_rank=3.*s0"):
-        replace(problem, budget=100).solve(Greedy(3, 5, "flat", "none", None, 0))
+        replace(problem, budget=100).solve(Greedy(3, 5, "flat", "none", None, exact=False, seed=0))
 
 
 def test_greedy_gives_no_site_more_than_its_largest_rank():
     # Gains longer than max_rank come from callers who make them without the allocator's own rule.
-    assert set(equal_problem(budget=100, rank=4).solve(Greedy(0, 3, "flat", "none", None, 0)).ranks.values()) == {3}
+    assert set(
+        equal_problem(budget=100, rank=4).solve(Greedy(0, 3, "flat", "none", None, exact=False, seed=0)).ranks.values()
+    ) == {3}
 
 
 # -- knapsack --------------------------------------------------------------------------------------------------------
@@ -442,6 +472,17 @@ def respects_shares(problem: Problem, ranks, limits, caps) -> bool:
     return True
 
 
+def whole(problem: Problem) -> int:
+    """The budget, less what no mix of units can spend because of their common divisor; least ranks are 0."""
+    return problem.budget - problem.budget % math.gcd(*problem.cost.units.values())
+
+
+def whole_choices(problem: Problem, limits=None, max_rank: int = 5) -> list[dict[str, int]]:
+    """All ranks that respect limits and spend the whole budget."""
+    choices = every_choice(problem, limits, max_rank)
+    return [ranks for ranks in choices if problem.cost(ranks) == whole(problem)]
+
+
 def best(problem: Problem, choices) -> float:
     return max(sum(sum(problem.gains[name][:rank]) for name, rank in ranks.items()) for ranks in choices)
 
@@ -449,7 +490,7 @@ def best(problem: Problem, choices) -> float:
 @settings(PROPERTY, max_examples=100)
 @given(problem=problems(tied=False, least=0, values=WHOLE, sites=4, units=4))
 def test_knapsack_is_the_best_of_all_choices(problem):
-    found = problem.solve(Knapsack(0, 5, "flat", "none", None, 0))
+    found = problem.solve(Knapsack(0, 5, "flat", "none", None, exact=False, seed=0))
     assert problem.total(found) == best(problem, every_choice(problem))
 
 
@@ -457,21 +498,24 @@ def test_knapsack_beats_greedy_where_the_best_ratio_leaves_a_gap():
     # Per parameter: a 10/6, b and c 8/5. Greedy takes a and has 4 left; b and c fill the budget of 10.
     gains = {"a": [10.0], "b": [8.0], "c": [8.0]}
     problem = Problem(gains, AdditiveCost({"a": 6, "b": 5, "c": 5}), dict.fromkeys(gains, "lora"), 10)
-    assert active(problem.solve(Greedy(0, 1, "flat", "none", None, 0))) == {"a"}
-    assert active(problem.solve(Knapsack(0, 1, "flat", "none", None, 0))) == {"b", "c"}
+    assert active(problem.solve(Greedy(0, 1, "flat", "none", None, exact=False, seed=0))) == {"a"}
+    assert active(problem.solve(Knapsack(0, 1, "flat", "none", None, exact=False, seed=0))) == {"b", "c"}
 
 
 def test_knapsack_prefers_the_cheaper_of_equal_optima():
     gains = {"dear": [5.0], "cheap": [5.0]}
     problem = Problem(gains, AdditiveCost({"dear": 3, "cheap": 2}), dict.fromkeys(gains, "lora"), 3)
     for seed in range(8):
-        assert active(problem.solve(Knapsack(0, 1, "flat", "none", None, seed))) == {"cheap"}
+        assert active(problem.solve(Knapsack(0, 1, "flat", "none", None, exact=False, seed=seed))) == {"cheap"}
 
 
 def test_knapsack_draws_between_equal_optima_of_different_prices():
     gains = {"one": [5.0], "pair": [2.5, 2.5]}
     problem = Problem(gains, AdditiveCost({"one": 4, "pair": 2}), dict.fromkeys(gains, "lora"), 4)
-    chosen = {frozenset(active(problem.solve(Knapsack(0, 2, "flat", "none", None, seed)))) for seed in range(20)}
+    chosen = {
+        frozenset(active(problem.solve(Knapsack(0, 2, "flat", "none", None, exact=False, seed=seed))))
+        for seed in range(20)
+    }
     assert chosen == {frozenset({"one"}), frozenset({"pair"})}
 
 
@@ -486,9 +530,11 @@ def large() -> Problem:
 @pytest.mark.parametrize("limits", [None, CAPPED, RESERVED], ids=["free", "capped", "reserved"])
 def test_knapsack_on_a_large_space_lies_between_greedy_and_what_fractions_of_units_could_gain(limits):
     problem = large()
-    found = problem.solve(Knapsack(0, 32, "flat", "none", limits, 0))
+    found = problem.solve(Knapsack(0, 32, "flat", "none", limits, exact=False, seed=0))
     assert_full(problem, found.ranks, limits or {}, 32)
-    assert problem.total(found) >= problem.total(problem.solve(Greedy(0, 32, "flat", "none", limits, 0)))
+    assert problem.total(found) >= problem.total(
+        problem.solve(Greedy(0, 32, "flat", "none", limits, exact=False, seed=0))
+    )
     units = [(gain, problem.cost.units[name]) for name, values in problem.gains.items() for gain in values]
     left, bound = problem.budget, 0.0
     for gain, price in sorted(units, key=lambda unit: -unit[0] / unit[1]):
@@ -505,14 +551,17 @@ def test_knapsack_refuses_tables_that_would_be_too_large(prices):
     cost = AdditiveCost({name: prices[n % 2] for n, name in enumerate(gains)})
     problem = Problem(gains, cost, dict.fromkeys(gains, "lora"), cost(dict.fromkeys(gains, 300)))
     with pytest.raises(SettingError, match=r"allocator=knapsack.*steps.*use greedy"):
-        problem.solve(Knapsack(0, 400, "flat", "none", None, 0))
+        problem.solve(Knapsack(0, 400, "flat", "none", None, exact=False, seed=0))
 
 
 def test_knapsack_refuses_gains_below_0():
     problem = Problem({"a": [1.0, -1.0], "b": [1.0]}, AdditiveCost({"a": 1, "b": 1}), dict.fromkeys("ab", "lora"), 3)
     with pytest.raises(SettingError, match=r"allocator=knapsack.*below 0.*\['a'\].*use greedy"):
-        problem.solve(Knapsack(0, 2, "flat", "none", None, 0))
-    assert problem.solve(Knapsack(0, 1, "flat", "none", None, 0)).ranks == {"a": 1, "b": 1}  # it never gets there
+        problem.solve(Knapsack(0, 2, "flat", "none", None, exact=False, seed=0))
+    assert problem.solve(Knapsack(0, 1, "flat", "none", None, exact=False, seed=0)).ranks == {
+        "a": 1,
+        "b": 1,
+    }  # it never gets there
 
 
 @pytest.mark.parametrize("allocator", [Greedy, Knapsack])
@@ -520,7 +569,11 @@ def test_evas_example(allocator):
     # The six largest of .5 .4 .3 .2 .15 .1 | .08 .05 ... belong to the first, second and third layer 3, 1 and 2 times.
     gains = {"L1": [0.5, 0.3, 0.1, 0.05], "L2": [0.4, 0.05, 0.03, 0.01], "L3": [0.2, 0.15, 0.08, 0.02]}
     problem = Problem(gains, AdditiveCost(dict.fromkeys(gains, 64)), dict.fromkeys(gains, "lora"), 6 * 64)
-    assert problem.solve(allocator(0, 4, "flat", "none", None, 0)).ranks == {"L1": 3, "L2": 1, "L3": 2}
+    assert problem.solve(allocator(0, 4, "flat", "none", None, exact=False, seed=0)).ranks == {
+        "L1": 3,
+        "L2": 1,
+        "L3": 2,
+    }
 
 
 # -- proportional ----------------------------------------------------------------------------------------------------
@@ -545,7 +598,7 @@ def goras_layers(budget: int = 32 * 128) -> Problem:
     ],
 )
 def test_shares_of_gora_and_what_bounds_make_of_them(min_rank, max_rank, expected):
-    ranks = goras_layers().solve(Proportional(min_rank, max_rank, "none", None, 0)).ranks
+    ranks = goras_layers().solve(Proportional(min_rank, max_rank, "none", None, exact=False, seed=0)).ranks
     assert list(ranks.values()) == expected
 
 
@@ -556,7 +609,7 @@ def test_proportional_is_the_rule_of_largest_remainders_where_prices_are_equal(w
     problem = Problem(gains, AdditiveCost(dict.fromkeys(gains, 7)), dict.fromkeys(gains, "lora"), 7 * budget + 3)
     # the 3 parameters that buy no unit belong to the ideal shares
     quotas = [Fraction(problem.budget * weight, 7 * sum(weights)) for weight in weights]
-    ranks = list(problem.solve(Proportional(0, 60, "none", None, 0)).ranks.values())
+    ranks = list(problem.solve(Proportional(0, 60, "none", None, exact=False, seed=0)).ranks.values())
     assert sum(ranks) == budget
     extra = [rank - math.floor(quota) for rank, quota in zip(ranks, quotas, strict=True)]
     assert set(extra) <= {0, 1}
@@ -569,30 +622,36 @@ def test_proportional_is_the_rule_of_largest_remainders_where_prices_are_equal(w
 def test_a_dearer_site_of_equal_score_gets_equal_parameters():
     gains = dict.fromkeys(("narrow", "wide"), [1.0] * 20)
     problem = Problem(gains, AdditiveCost({"narrow": 10, "wide": 30}), dict.fromkeys(gains, "lora"), 240)
-    assert problem.solve(Proportional(0, 20, "none", None, 0)).ranks == {"narrow": 12, "wide": 4}
+    assert problem.solve(Proportional(0, 20, "none", None, exact=False, seed=0)).ranks == {"narrow": 12, "wide": 4}
 
 
 def test_a_list_weighs_as_the_mean_of_the_units_that_the_site_may_get():
     gains = {"list": [5.0, 3.0, 1.0, 0.0], "number": [1.5] * 4}
     problem = Problem(gains, AdditiveCost(dict.fromkeys(gains, 1)), {"list": "a", "number": "b"}, 5)
-    assert problem.solve(Proportional(0, 4, "none", None, 0)).ranks == {"list": 3, "number": 2}  # 2.25 : 1.5
+    assert problem.solve(Proportional(0, 4, "none", None, exact=False, seed=0)).ranks == {
+        "list": 3,
+        "number": 2,
+    }  # 2.25 : 1.5
     # limited to 2 units, its mean is 4: 3.6 units, of which it takes 2
-    assert problem.solve(Proportional(0, 4, "none", {"a": {"max_rank": 2}}, 0)).ranks == {"list": 2, "number": 3}
+    assert problem.solve(Proportional(0, 4, "none", {"a": {"max_rank": 2}}, exact=False, seed=0)).ranks == {
+        "list": 2,
+        "number": 3,
+    }
 
 
 def test_sites_without_score_get_what_nobody_else_can_take():
     gains = {"a": [1.0] * 2, "b": [0.0] * 2, "c": [0.0] * 2}
     problem = Problem(gains, AdditiveCost(dict.fromkeys(gains, 1)), dict.fromkeys(gains, "lora"), 4)
-    assert problem.solve(Proportional(0, 2, "none", None, 0)).ranks == {"a": 2, "b": 1, "c": 1}
+    assert problem.solve(Proportional(0, 2, "none", None, exact=False, seed=0)).ranks == {"a": 2, "b": 1, "c": 1}
 
 
 def test_a_group_that_spends_its_share_leaves_the_rest_to_others_in_proportion():
     # d may spend half of what 16 units cost: 8 units, and 24 are shared by the others as 1 : 1 : 2.
     problem = goras_layers()
     problem = replace(problem, groups=problem.groups | {"d": "shortcut"})
-    ranks = problem.solve(Proportional(0, 32, "none", {"shortcut": {"max_share": 0.25}}, 0)).ranks
+    ranks = problem.solve(Proportional(0, 32, "none", {"shortcut": {"max_share": 0.25}}, exact=False, seed=0)).ranks
     assert list(ranks.values()) == [6, 6, 12, 8]
-    ranks = problem.solve(Proportional(0, 32, "none", {"shortcut": {"min_share": 0.75}}, 0)).ranks
+    ranks = problem.solve(Proportional(0, 32, "none", {"shortcut": {"min_share": 0.75}}, exact=False, seed=0)).ranks
     assert list(ranks.values()) == [2, 2, 4, 24]
 
 
@@ -603,17 +662,21 @@ def test_proportional_refuses_scores_that_are_no_shares(values, reason):
     gains = {f"s{n}": [value] * 2 for n, value in enumerate(values)}
     problem = Problem(gains, AdditiveCost(dict.fromkeys(gains, 1)), dict.fromkeys(gains, "lora"), 3)
     with pytest.raises(SettingError, match=f"allocator=proportional.*{reason}"):
-        problem.solve(Proportional(0, 2, "none", None, 0))
+        problem.solve(Proportional(0, 2, "none", None, exact=False, seed=0))
 
 
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
-LIMITED = {
-    "greedy": lambda limits, least: Greedy(least, 3, "flat", "none", limits, 0),
-    "proportional": lambda limits, least: Proportional(least, 3, "none", limits, 0),
-    "knapsack": lambda limits, least: Knapsack(least, 3, "flat", "none", limits, 0),
-}
+def limited(exact: bool):
+    return {
+        "greedy": lambda limits, least: Greedy(least, 3, "flat", "none", limits, exact, seed=0),
+        "proportional": lambda limits, least: Proportional(least, 3, "none", limits, exact, seed=0),
+        "knapsack": lambda limits, least: Knapsack(least, 3, "flat", "none", limits, exact, seed=0),
+    }
+
+
+LIMITED = limited(False) | {f"{name}_exact": make for name, make in limited(True).items()}
 
 
 FAMILIES = ("lora", "shortcut", "cross")
@@ -698,10 +761,10 @@ def test_greedy_takes_the_best_gain_per_parameter_that_limits_allow_at_every_ste
     assert problem.solve(LIMITED["greedy"](limits, 0)).ranks == ranks
 
 
-@pytest.mark.parametrize("make", LIMITED.values(), ids=LIMITED.keys())
+@pytest.mark.parametrize(("kind", "make"), LIMITED.items(), ids=LIMITED.keys())
 @PROPERTY
 @given(problem=LIMITED_PROBLEMS)
-def test_limits_that_say_nothing_change_nothing(make, problem):
+def test_limits_that_say_nothing_change_nothing(kind, make, problem):
     assume(any(map(any, problem.gains.values())))
     nothing = {
         "lora": {},
@@ -710,7 +773,7 @@ def test_limits_that_say_nothing_change_nothing(make, problem):
     }
     plain = problem.solve(make(None, 0))
     assert plain == problem.solve(make({}, 0))
-    if make is LIMITED["knapsack"]:  # among equal optima, another one may be drawn
+    if kind.startswith("knapsack"):  # among equal optima, another one may be drawn
         assert problem.total(plain) == problem.total(problem.solve(make(nothing, 0)))
     else:
         assert plain == problem.solve(make(nothing, 0))
@@ -755,7 +818,9 @@ def test_a_group_may_get_more_rank_than_the_others(make):
 def test_ranks_are_limited_with_joint_costs_too():
     problem = equal_problem(budget=100, rank=8)
     problem = replace(problem, cost=TiedCost(3, problem.cost.units))
-    ranks = problem.solve(Greedy(0, 3, "flat", "none", {"shortcut": {"max_rank": 2}, "lora": {"min_rank": 1}}, 0)).ranks
+    ranks = problem.solve(
+        Greedy(0, 3, "flat", "none", {"shortcut": {"max_rank": 2}, "lora": {"min_rank": 1}}, exact=False, seed=0)
+    ).ranks
     assert ranks == {name: 3 if group == "lora" else 2 for name, group in problem.groups.items()}
 
 
@@ -802,6 +867,185 @@ def test_limits_are_given_on_the_command_line(name):
         config = hydra.compose("train", [f"allocator={name}", limits])
     allocator = build(OmegaConf.to_container(config.allocator, resolve=True), "allocator")
     assert allocator.limits == {"shortcut": {"max_share": 0.25, "max_rank": 8}, "lora": {"min_share": 0.5}}
+
+
+# -- the whole budget ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_is_spent_by_a_trade():
+    # Greedy takes 14 wide units, then 8 narrow ones, and has 32 left; 3 narrow units cost 32 more than 2 wide ones.
+    gains = {"narrow": [1.0] * 20, "wide": [9.0] * 14}
+    problem = Problem(gains, AdditiveCost({"narrow": 64, "wide": 80}), dict.fromkeys(gains, "lora"), 1664)
+    plain = Greedy(0, 20, "flat", "none", None, exact=False, seed=0)
+    assert problem.solve(plain).ranks == {"narrow": 8, "wide": 14}
+    assert problem.solve(replace(plain, exact=True)).ranks == {"narrow": 11, "wide": 12}
+    # All units cost multiples of 16: of 15 more, nothing can be spent.
+    assert replace(problem, budget=1664 + 15).solve(replace(plain, exact=True)).ranks == {"narrow": 11, "wide": 12}
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", ["greedy_exact", "knapsack_exact"])
+@settings(PROPERTY, max_examples=100)
+@given(problem=LIMITED_PROBLEMS, limits=limits())
+def test_no_other_choice_that_spends_the_whole_budget_gains_more(name, problem, limits):
+    limits = {label: {key: limit[key] for key in limit if key != "min_rank"} for label, limit in limits.items()}
+    assume(not too_dear(problem, limits, 0))
+    choices = whole_choices(problem, limits, 3)
+    assume(choices)
+    allocator = LIMITED[name](limits, 0)
+    found, plain = problem.solve(allocator), problem.solve(replace(allocator, exact=False))
+    if name == "greedy_exact" and plain.spent == whole(problem):
+        assert found == plain  # there is nothing to trade for
+    else:
+        assert problem.total(found) == best(problem, choices)
+
+
+@PROPERTY
+@given(
+    weights=st.lists(st.integers(1, 99), min_size=2, max_size=3),
+    prices=st.lists(st.integers(2, 9), min_size=3, max_size=3),
+    budget=st.integers(1, 40),
+)
+def test_proportional_spends_the_whole_budget_as_near_to_the_shares_as_possible(weights, prices, budget):
+    gains = {f"s{n}": [float(weight)] * 20 for n, weight in enumerate(weights)}
+    units = dict(zip(gains, prices, strict=False))
+    problem = Problem(gains, AdditiveCost(units), dict.fromkeys(gains, "lora"), budget)
+    quotas = {name: Fraction(budget * round(gains[name][0]), sum(weights) * units[name]) for name in gains}
+
+    def distance(ranks) -> float:
+        return float(sum((rank - quotas[name]) ** 2 for name, rank in ranks.items()))
+
+    choices = whole_choices(problem, max_rank=20)
+    assume(choices)
+    allocator = Proportional(0, 20, "none", None, exact=True, seed=0)
+    found, plain = problem.solve(allocator), problem.solve(replace(allocator, exact=False))
+    if plain.spent == whole(problem):
+        assert found == plain  # there is nothing to trade for
+    else:
+        assert distance(found.ranks) == pytest.approx(min(map(distance, choices)))
+
+
+@settings(PROPERTY, max_examples=100)
+@given(data=st.data(), problem=problems(tied=False, least=0, values=WHOLE, sites=4, units=4))
+def test_a_trade_loses_the_least_whatever_was_allocated(data, problem):
+    units = problem.cost.units
+    ranks = data.draw(st.sampled_from(list(every_choice(problem))))
+    bounds = LimitRule(0, 5, None).resolve(problem.gains, problem.cost, problem.budget, problem.groups)
+    traded = spend_exactly(ranks, problem.gains, units, bounds, seed=0)
+
+    def is_trade(other) -> bool:
+        """Whether no price has units both granted and taken back."""
+        more = {units[name] for name in units if other[name] > ranks[name]}
+        return more.isdisjoint(units[name] for name in units if other[name] < ranks[name])
+
+    trades = list(filter(is_trade, whole_choices(problem)))
+    if trades and problem.cost(ranks) < whole(problem):
+        assert problem.cost(traded) == whole(problem)
+        assert is_trade(traded)
+        assert best(problem, [traded]) == best(problem, trades)
+    else:
+        assert traded == ranks
+
+
+@pytest.mark.medium
+@settings(PROPERTY, max_examples=100)
+@given(data=st.data(), problem=LIMITED_PROBLEMS, limits=limits())
+def test_a_trade_keeps_limits_whatever_was_allocated_within_them(data, problem, limits):
+    assume(not too_dear(problem, limits, 0))
+    choices = list(every_choice(problem, limits, 3))
+    ranks = data.draw(st.sampled_from(choices))
+    bounds = LimitRule(0, 3, limits).resolve(problem.gains, problem.cost, problem.budget, problem.groups)
+    traded, units = spend_exactly(ranks, problem.gains, problem.cost.units, bounds, seed=0), problem.cost.units
+    assert traded in choices
+    divisor = math.gcd(*(units[name] for name in units if bounds.floors[name] < bounds.caps[name]))
+    left = problem.budget - problem.cost(ranks)
+    goal = problem.budget - left % (divisor or left + 1)  # where no rank can change, what is spent is all
+    if any(problem.cost(choice) == goal for choice in choices):
+        assert problem.cost(traded) == goal
+    else:
+        assert traded == ranks
+
+
+@pytest.mark.parametrize(("units", "trades"), [(12, True), (13, False)])
+def test_a_trade_takes_back_12_units_at_most(units, trades):
+    # After all units of price 2, one parameter is left, and one unit costs as much as that and all of them.
+    gains = {"cheap": [5.0] * units, "dear": [1.0]}
+    problem = Problem(
+        gains, AdditiveCost({"cheap": 2, "dear": 2 * units + 1}), dict.fromkeys(gains, "x"), 2 * units + 1
+    )
+    found = problem.solve(Greedy(0, 20, "flat", "none", None, exact=True, seed=0))
+    assert found.ranks == ({"cheap": 0, "dear": 1} if trades else {"cheap": units, "dear": 0})
+    # the table of all choices has no such bound
+    assert problem.solve(Knapsack(0, 20, "flat", "none", None, exact=True, seed=0)).unspent == 0
+
+
+def test_a_search_of_too_many_mixes_keeps_what_fewer_units_taken_back_gave(monkeypatch):
+    # Two parameters are left. One unit of mid for one of near loses 8; two units of mid for one of far lose only 3.
+    gains = {"mid": [9.0] * 3, "near": [1.0], "far": [15.0]}
+    units = {"mid": 10, "near": 12, "far": 22}
+    problem = Problem(gains, AdditiveCost(units), dict.fromkeys(gains, "lora"), 32)
+    bounds = LimitRule(0, 5, None).resolve(gains, problem.cost, problem.budget, problem.groups)
+    ranks, found = {"mid": 3, "near": 0, "far": 0}, []
+    for tries in range(100):
+        monkeypatch.setattr("heterolora.allocators.exact.MOST_TRIES", tries)
+        found.append(spend_exactly(ranks, gains, units, bounds, seed=0))
+    few, many = {"mid": 2, "near": 1, "far": 0}, {"mid": 1, "near": 0, "far": 1}
+    assert [ranks for ranks, _ in itertools.groupby(found)] == [ranks, few, many]
+
+
+def test_of_trades_that_lose_equally_little_the_one_that_takes_back_the_fewest_units_is_made():
+    # Two parameters are left. One unit of mid for near, two for far, or three for wide: nothing is lost.
+    gains = {"mid": [9.0] * 3, "near": [9.0], "far": [18.0], "wide": [27.0]}
+    units = {"mid": 10, "near": 12, "far": 22, "wide": 32}
+    problem = Problem(gains, AdditiveCost(units), dict.fromkeys(gains, "lora"), 32)
+    bounds = LimitRule(0, 5, None).resolve(gains, problem.cost, problem.budget, problem.groups)
+    for seed in range(8):
+        traded = spend_exactly({"mid": 3, "near": 0, "far": 0, "wide": 0}, gains, units, bounds, seed)
+        assert traded == {"mid": 2, "near": 1, "far": 0, "wide": 0}
+
+
+def test_equal_units_are_traded_by_the_seed():
+    # One parameter is left: one of the 8 cheap sites loses its unit, and one of the 3 dear ones gets one.
+    gains = {f"cheap{n}": [2.0] for n in range(8)} | {f"dear{n}": [1.0] for n in range(3)}
+    cost = AdditiveCost({name: 2 if name.startswith("cheap") else 3 for name in gains})
+    problem, changed = Problem(gains, cost, dict.fromkeys(gains, "lora"), 17), set()
+    for seed in range(40):
+        allocator = Greedy(0, 1, "flat", "none", None, exact=True, seed=seed)
+        ranks = problem.solve(allocator).ranks
+        assert ranks == problem.in_order(reversed(problem.gains)).solve(allocator).ranks
+        trade = {name for name in gains if ranks[name] != name.startswith("cheap")}
+        cheap, dear = ([name for name in gains if cost.units[name] == price] for price in (2, 3))
+        last, first = max(cheap, key=lambda name: tie_order(seed, name)), min(dear, key=lambda n: tie_order(seed, n))
+        assert trade == {last, first}  # what was granted last is taken back first
+        changed |= trade
+    assert changed == gains.keys()  # no name is at a disadvantage
+
+
+@PROPERTY
+@given(problem=problems(tied=True))
+def test_where_sites_share_factors_nothing_is_traded(problem):
+    plain = Greedy(0, 5, "flat", "none", None, exact=False, seed=0)
+    assert problem.solve(replace(plain, exact=True)) == problem.solve(plain)
+
+
+@pytest.mark.parametrize("make", [Greedy, Knapsack])
+@pytest.mark.parametrize("limits", [None, CAPPED, RESERVED], ids=["free", "capped", "reserved"])
+def test_a_large_space_spends_its_whole_budget(make, limits):
+    problem = large()
+    found = problem.solve(make(0, 32, "flat", "none", limits, exact=True, seed=0))
+    assert found.unspent == 0
+    plain = problem.solve(make(0, 32, "flat", "none", limits, exact=False, seed=0))
+    assert problem.total(found) == pytest.approx(problem.total(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["greedy", "proportional", "knapsack"])
+def test_configs_spend_the_whole_budget(name):
+    node = yaml.safe_load((ROOT / "conf" / "allocator" / f"{name}.yaml").read_text())
+    gains = {"narrow": [1.0] * 20, "wide": [9.0] * 14}
+    problem = Problem(gains, AdditiveCost({"narrow": 64, "wide": 80}), dict.fromkeys(gains, "lora"), 1664)
+    allocator = build(node | {"seed": 0}, "allocator")
+    assert problem.solve(replace(allocator, exact=False)).unspent
+    assert problem.solve(allocator).unspent == 0
 
 
 # -- top -------------------------------------------------------------------------------------------------------------
@@ -946,7 +1190,7 @@ def test_fixed_gives_what_the_file_names_and_nothing_to_others(tmp_path):
 @PROPERTY
 @given(problem=problems())
 def test_fixed_repeats_what_another_allocator_wrote(tmp_path_factory, problem):
-    found = problem.solve(Greedy(0, 5, "flat", "none", None, 0))
+    found = problem.solve(Greedy(0, 5, "flat", "none", None, exact=False, seed=0))
     assert from_file(tmp_path_factory.mktemp("run"), json.dumps(found.as_dict()), problem) == found
 
 
@@ -964,14 +1208,14 @@ def test_fixed_needs_an_existing_file(tmp_path):
     ("make", "setting"),
     [
         (lambda: Top("combined", 0, "none", 0), "rank"),
-        (lambda: Greedy(-1, 5, "flat", "none", None, 0), "min_rank"),
-        (lambda: Greedy(6, 5, "flat", "none", None, 0), "min_rank"),
-        (lambda: Greedy(0, 0, "flat", "none", None, 0), "max_rank"),
-        (lambda: Greedy(0, -1, "flat", "none", None, 0), "max_rank"),
-        (lambda: Proportional(6, 5, "none", None, 0), "min_rank"),
-        (lambda: Proportional(0, 0, "none", None, 0), "max_rank"),
-        (lambda: Knapsack(-1, 5, "flat", "none", None, 0), "min_rank"),
-        (lambda: Knapsack(0, 0, "flat", "none", None, 0), "max_rank"),
+        (lambda: Greedy(-1, 5, "flat", "none", None, exact=False, seed=0), "min_rank"),
+        (lambda: Greedy(6, 5, "flat", "none", None, exact=False, seed=0), "min_rank"),
+        (lambda: Greedy(0, 0, "flat", "none", None, exact=False, seed=0), "max_rank"),
+        (lambda: Greedy(0, -1, "flat", "none", None, exact=False, seed=0), "max_rank"),
+        (lambda: Proportional(6, 5, "none", None, exact=False, seed=0), "min_rank"),
+        (lambda: Proportional(0, 0, "none", None, exact=False, seed=0), "max_rank"),
+        (lambda: Knapsack(-1, 5, "flat", "none", None, exact=False, seed=0), "min_rank"),
+        (lambda: Knapsack(0, 0, "flat", "none", None, exact=False, seed=0), "max_rank"),
     ],
 )
 def test_impossible_arguments_are_refused_by_name(make, setting):
@@ -991,9 +1235,11 @@ def test_an_allocator_without_a_rule_for_gains_looks_at_none(entry, file, proble
 
 
 def test_the_rule_for_gains_is_what_the_arguments_say():
-    assert Greedy(0, 5, "harmonic", "per_group", None, 0).gain_rule == GainRule("harmonic", 5, "per_group")
-    assert Knapsack(0, 5, "harmonic", "order", None, 0).gain_rule == GainRule("harmonic", 5, "order")
-    assert Proportional(0, 5, "none", None, 0).gain_rule == GainRule("flat", 5, "none")
+    assert Greedy(0, 5, "harmonic", "per_group", None, exact=False, seed=0).gain_rule == GainRule(
+        "harmonic", 5, "per_group"
+    )
+    assert Knapsack(0, 5, "harmonic", "order", None, exact=False, seed=0).gain_rule == GainRule("harmonic", 5, "order")
+    assert Proportional(0, 5, "none", None, exact=False, seed=0).gain_rule == GainRule("flat", 5, "none")
     assert Top("combined", 3, "per_parameter", 0).gain_rule == GainRule("flat", 3, "per_parameter")
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.jobs import TINY
@@ -53,6 +54,12 @@ def test_a_multirun_with_the_flag_last_makes_one_complete_folder_a_job(tmp_path)
         for n, (p, s) in enumerate((p, s) for p in ("snip", "grad_norm") for s in (0, 1))
     ]
     assert all((folder / "adapter.safetensors").exists() for folder in folders)
+    table = pd.read_csv(folders[0].parent / "table.csv")
+    assert list(zip(table["group"], table["n"], strict=True)) == [("proxy=snip", 2), ("proxy=grad_norm", 2)]
+    accuracy = [json.loads((folder / "summary.json").read_text())["metrics"]["test"]["accuracy"] for folder in folders]
+    assert table["mean"].tolist() == pytest.approx([sum(accuracy[:2]) / 2, sum(accuracy[2:]) / 2])
+    assert "rotten_tomatoes, tiny_bert: test accuracy" in done.stdout
+    assert {path.name for path in folders[0].parent.glob("table.*")} == {"table.csv", "table.md", "table.tex"}
 
 
 def test_a_failing_job_does_not_stop_the_others_and_the_exit_code_says_so(tmp_path):
@@ -63,6 +70,8 @@ def test_a_failing_job_does_not_stop_the_others_and_the_exit_code_says_so(tmp_pa
     assert len(list(tmp_path.glob("multirun/*/1_*/summary.json"))) == 1
     failed = next(iter(tmp_path.glob("multirun/*/0_*")))
     assert {path.name for path in failed.iterdir()} == {".hydra", "train.log", "status.json"}
+    assert "1 runs are not finished and not in the table" in done.stdout
+    assert pd.read_csv(failed.parent / "table.csv")["n"].tolist() == [1]
 
 
 def test_an_error_is_one_line_and_a_traceback_only_on_request(tmp_path):
@@ -108,6 +117,45 @@ def test_a_signal_ends_the_job_and_says_so(tmp_path, signal_name, code, moment):
     assert process.returncode == code, seen[-3:]
     (status,) = tmp_path.glob("*/*/status.json")
     assert json.loads(status.read_text())["state"] == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_tournament_that_is_stopped_keeps_its_rows_leaves_no_process_and_goes_on(tmp_path):
+    arguments = ["experiment=tournament_small", *TINY, f"outputs={tmp_path}", "trainer.accelerator=cpu"]
+    arguments += ["tournament.workers=1", "trainer.max_epochs=1", "~tournament.methods.random"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *arguments, "trainer.threads=1"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    seen = []
+    try:
+        for line in process.stdout:
+            seen.append(line)
+            if "1 of 9" in line:
+                break
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        assert children
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143, seen[-3:]
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    rows = tmp_path / "tournaments" / "small_rotten_tomatoes" / "rows.jsonl"
+    before = rows.read_text()
+    assert before.count("\n") >= 1
+    done = command(*arguments, "trainer.threads=1")
+    assert done.returncode == 0, done.stderr
+    assert rows.read_text().startswith(before)
+    assert len({json.loads(line)["key"] for line in rows.read_text().splitlines()}) == 9
+    assert "the same bit for bit" in done.stdout
+    assert "difference from uniform" in done.stdout
 
 
 def test_it_runs_from_another_folder(tmp_path):

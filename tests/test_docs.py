@@ -33,7 +33,9 @@ def test_every_task_is_in_the_table():
     assert cells("tasks.md") >= options("task")
 
 
-@pytest.mark.parametrize("group", ["model", "task", "search_space", "proxy", "allocator", "budget", "logger"])
+@pytest.mark.parametrize(
+    "group", ["model", "task", "search_space", "proxy", "allocator", "budget", "logger", "experiment"]
+)
 def test_the_readme_names_every_option(group):
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{group}` |"))
     named = set(re.findall(r"`(\w+)`", row))
@@ -42,7 +44,7 @@ def test_the_readme_names_every_option(group):
 
 
 @pytest.mark.parametrize(
-    "path", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda path: path.name
+    "path", sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]), ids=lambda path: path.name
 )
 def test_links_and_named_tests_exist(path: Path):
     text = path.read_text()

@@ -18,7 +18,7 @@ from tests.architectures import make_backbone, make_batch
 from tests.conftest import adapt, randomise, some_sites
 from tests.test_proxies import loss, probe
 
-GREEDY = Greedy(0, 8, "harmonic", "none", None, 0)
+GREEDY = Greedy(0, 8, "harmonic", "none", None, exact=False, seed=0)
 
 
 def run(model, allocator=GREEDY, budget=None, proxy=None, batches=None, **changes):
@@ -136,6 +136,10 @@ def test_probe_refuses_impossible_values(name, value):
 
 def test_limits_that_cannot_be_kept_are_refused_before_scoring(adapted):
     with pytest.raises(SettingError, match=r"allocator\.limits\.nobody"):
-        run(adapted, allocator=Greedy(0, 8, "harmonic", "none", {"nobody": {"max_rank": 1}}, 0), batches=[])
+        run(
+            adapted,
+            allocator=Greedy(0, 8, "harmonic", "none", {"nobody": {"max_rank": 1}}, exact=False, seed=0),
+            batches=[],
+        )
     with pytest.raises(SettingError, match=r"min_rank=4: costs"):
-        run(adapted, allocator=Greedy(4, 8, "harmonic", "none", None, 0), batches=[])
+        run(adapted, allocator=Greedy(4, 8, "harmonic", "none", None, exact=False, seed=0), batches=[])

@@ -20,6 +20,7 @@ from heterolora.report.files import write_whole
 from heterolora.run import composer
 from heterolora.sites import Site
 from heterolora.space import survey
+from heterolora.tournament import command, merged
 
 HERE = Path(__file__).parent
 SHARDS = HERE / "rows"
@@ -42,7 +43,8 @@ SETTINGS = (
 )
 """The same for every row; what differs is the allocation and the seed."""
 
-COMMAND = "python -m benchmarks.allocation_table.make"
+RATES = {331_776: "1e-3"}
+"""Learning rates of budgets at which every placement collapses under that of ``SETTINGS``."""
 
 COLUMNS = (
     "key",
@@ -51,11 +53,13 @@ COLUMNS = (
     "budget",
     "held",
     "seed",
+    "learning_rate",
     "validation_loss",
     "validation_accuracy",
     "ranks",
     "seconds",
     "digest",
+    "config_hash",
     "commit",
     "versions",
 )
@@ -72,14 +76,17 @@ def entries(sites: Sequence[Site]) -> list[Entry]:
             allocations.uniform(sites, 0),
             random(wide, range(20), 0),
             by_proxies(proxies, ["greedy"], wide, 0),
-            random(narrow, range(20), 0),
-            allocations.uniform(sites, 1),
-            by_proxies(proxies, ["greedy"], narrow, 0),
+            *(allocations.uniform(sites, seed) for seed in (1, 2)),
             allocations.alone(sites, 1),
-            allocations.uniform(sites, 2),
+            random(narrow, range(20), 0),
+            random(wide, range(20), 1),
+            by_proxies(proxies, ["greedy"], narrow, 0),
+            random(narrow, range(20), 1),
+            by_proxies(proxies, ["greedy"], wide, 1),
+            *(allocations.uniform(sites, seed) for seed in (3, 4, 5)),
             by_proxies(proxies, ["proportional"], wide, 0),
-            random(wide, range(20, 40), 0),
-            random(narrow, range(20, 40), 0),
+            by_proxies(proxies, ["greedy"], narrow, 1),
+            by_proxies(proxies, ["greedy"], wide, 2),
         )
     )
 
@@ -88,13 +95,12 @@ def cells(chosen: Sequence[Entry]) -> Iterator[Cell]:
     """The runs of entries."""
     with composer() as compose:
         for entry in chosen:
-            overrides = [*SETTINGS, "budget=params", f"budget.value={entry.budget}", f"seed={entry.seed}"]
-            for override in entry.overrides:  # a method's own search space replaces that of all
-                name = override.partition("=")[0]
-                overrides = [given for given in overrides if given.partition("=")[0] != name] + [override]
+            given = ["budget=params", f"budget.value={entry.budget}", f"seed={entry.seed}", *entry.overrides]
+            if entry.budget in RATES:
+                given.append(f"optimizer.lr={RATES[entry.budget]}")
+            overrides = merged(SETTINGS, given)  # a method's own search space replaces that of all
             config, choices = compose(overrides)
-            command = "python train.py " + " ".join(f"'{o}'" if "{" in o else o for o in overrides)
-            yield Cell(entry.key, f"{entry.family} {entry.name}", "run", config, choices, command, None)
+            yield Cell(entry.key, f"{entry.family} {entry.name}", "run", config, choices, command(overrides), None)
 
 
 def sites_of_the_table() -> Sequence[Site]:
@@ -107,6 +113,12 @@ def sites_of_the_table() -> Sequence[Site]:
     return sites
 
 
+def learning_rate(budget: int) -> float:
+    """Of the rows of a budget."""
+    (usual,) = (text.partition("=")[2] for text in SETTINGS if text.startswith("optimizer.lr="))
+    return float(RATES.get(budget, usual))
+
+
 def as_shard_row(entry: Entry, row: Mapping[str, Any]) -> dict[str, Any]:
     """What is committed of a run."""
     found = row["metrics"]["validation"]
@@ -117,11 +129,13 @@ def as_shard_row(entry: Entry, row: Mapping[str, Any]) -> dict[str, Any]:
         "budget": entry.budget,
         "held": row["parameters"]["held"],
         "seed": entry.seed,
+        "learning_rate": learning_rate(entry.budget),
         "validation_loss": found["loss"],
         "validation_accuracy": found["accuracy"],
         "ranks": " ".join(f"{name}:{rank}" for name, rank in row["ranks"].items()),
         "seconds": row["seconds"]["all"],
         "digest": row["digest"][:16],
+        "config_hash": row["config_hash"],
         "commit": row["commit"],
         "versions": " ".join(f"{name}={version}" for name, version in row["versions"].items()),
     }

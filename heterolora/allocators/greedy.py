@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Expand, GainRule, Gains, Normalise, parameters_only, tie_order
+from heterolora.allocators.exact import spend_exactly
 from heterolora.allocators.limits import Bounds, LimitRule, Limits
 from heterolora.budget import SiteCount
 from heterolora.cost import AdditiveCost, Cost
@@ -14,7 +15,8 @@ from heterolora.cost import AdditiveCost, Cost
 class Greedy:
     """Grant one unit of rank at a time to the site with the largest gain per parameter that still fits.
 
-    It stops when no unit fits any more, so that less is left than the cheapest unit it could still add.
+    It stops when no unit fits any more, so that less is left than the cheapest unit it could still add; ``exact`` then
+    spends that too, where some trade can.
 
     Args:
         min_rank: every site gets this much first.
@@ -23,6 +25,9 @@ class Greedy:
         normalise: how scores of different sites are made comparable, before the division by cost.
         limits: group -> any of min_share, max_share (of the budget), min_rank, max_rank (instead of the two above);
             null: none. With an adapter whose sites share factors, ranks only.
+        exact: spend the whole budget where some mix of units can: trades the units that are least missed, as
+            ``spend_exactly`` says. With an adapter whose sites share factors it does nothing: a unit's price there
+            depends on the ranks of others, so that no trade has a price.
         seed: order of ties.
     """
 
@@ -31,6 +36,7 @@ class Greedy:
     gain: Expand
     normalise: Normalise
     limits: Limits | None
+    exact: bool
     seed: int
 
     counts_sites = False
@@ -50,6 +56,8 @@ class Greedy:
         ranks = dict(bounds.floors)
         if isinstance(cost, AdditiveCost):
             bounds.grant(by_gain_per_parameter(gains, cost, ranks, bounds.caps, self.seed), cost.units, ranks)
+            if self.exact:
+                ranks = spend_exactly(ranks, gains, cost.units, bounds, self.seed)
         else:
             self._grant_one_by_one(gains, cost, bounds, ranks)
         return Allocation(ranks, cost(ranks), allowed)

@@ -46,6 +46,8 @@ class Knapsack:
         normalise: how scores of different sites are made comparable.
         limits: group -> any of min_share, max_share (of the budget), min_rank, max_rank (instead of the two above);
             null: none.
+        exact: spend the whole budget where some mix of units can: the best of all ranks that do, although others may
+            gain more. The whole is the largest multiple of the prices' common divisor within the budget.
         seed: order of ties.
     """
 
@@ -54,6 +56,7 @@ class Knapsack:
     gain: Expand
     normalise: Normalise
     limits: Limits | None
+    exact: bool
     seed: int
 
     counts_sites = False
@@ -84,7 +87,7 @@ class Knapsack:
         ranks = dict(bounds.floors)
         pools, capacity = _pools(gains, additive, bounds, self.seed)
         _check_size(pools, capacity)
-        for name in _best_units(pools, capacity):
+        for name in _best_units(pools, capacity, self.exact):
             ranks[name] += 1
         bounds.grant(by_gain_per_parameter(gains, additive, ranks, bounds.caps, self.seed), additive.units, ranks)
         return Allocation(ranks, cost(ranks), allowed)
@@ -219,20 +222,28 @@ def _units(price: int, names: Sequence[str], gains: Gains, bounds: Bounds, seed:
     return _Units(price, [name for _, _, _, name in units], totals, min(ties.values()))
 
 
-def _best_units(pools: Sequence[_Pool], capacity: int) -> list[str]:
-    """The sites of the units of an optimum, a site once for each unit."""
+def _best_units(pools: Sequence[_Pool], capacity: int, exact: bool) -> list[str]:
+    """The sites of the units of an optimum, a site once for each unit; exact: of one that spends all, if any does."""
     if not pools:
         return []
     tables = [NOTHING]
     for pool in pools[:-1]:
         tables.append(_add(tables[-1], 1, pool.table, capacity))
-    last, left = _best_split(tables[-1], pools[-1].table, capacity)
+    split = _exact_split(tables[-1], pools[-1].table, capacity) if exact else None
+    last, left = split or _best_split(tables[-1], pools[-1].table, capacity)
     names = _named(pools[-1], last)
     for table, pool in zip(reversed(tables[:-1]), reversed(pools[:-1]), strict=True):
         share = _choice(table, 1, pool.table, left)
         names += _named(pool, share)
         left -= share
     return names
+
+
+def _exact_split(table: Table, last: Table, capacity: int) -> tuple[int, int] | None:
+    """What the last pool and all others spend at the best that spends all; None: nothing does."""
+    share = _choice(table, 1, last, capacity)
+    left = capacity - share
+    return (share, left) if left < len(table) and last[share] + table[left] > -np.inf else None
 
 
 def _best_split(table: Table, last: Table, capacity: int) -> tuple[int, int]:

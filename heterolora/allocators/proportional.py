@@ -9,6 +9,7 @@ from functools import cached_property
 
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import GainRule, Gains, Normalise, additive_only, parameters_only, tie_order
+from heterolora.allocators.exact import spend_exactly
 from heterolora.allocators.limits import Bounds, LimitRule, Limits
 from heterolora.budget import SiteCount
 from heterolora.cost import Cost
@@ -31,6 +32,9 @@ class Proportional:
         normalise: how scores of different sites are made comparable.
         limits: group -> any of min_share, max_share (of the budget), min_rank, max_rank (instead of the two above);
             null: none.
+        exact: spend the whole budget where some mix of units can: trades the units that are least missed, as
+            ``spend_exactly`` says. Here these are not those of least score, but those whose trade leaves the smallest
+            sum of squared differences between ranks and the exact ones before rounding.
         seed: order of ties.
     """
 
@@ -38,6 +42,7 @@ class Proportional:
     max_rank: int
     normalise: Normalise
     limits: Limits | None
+    exact: bool
     seed: int
 
     counts_sites = False
@@ -59,24 +64,31 @@ class Proportional:
         allowed = parameters_only(budget, "proportional")
         units = additive_only(cost, "proportional").units
         bounds = self._limit_rule().resolve(gains, cost, allowed, groups)
-        ideal = _ideal_parameters(_weights(gains, bounds.caps), units, bounds)
-        exact = {name: parameters / units[name] for name, parameters in ideal.items()}
-        ranks = {name: math.floor(exact[name]) for name in gains}
-        bounds.grant(self._by_remainder(exact, bounds.caps), units, ranks)
+        parameters = _ideal_parameters(_weights(gains, bounds.caps), units, bounds)
+        ideal = {name: own / units[name] for name, own in parameters.items()}
+        ranks = {name: math.floor(ideal[name]) for name in gains}
+        bounds.grant(self._by_remainder(ideal, bounds.caps), units, ranks)
+        if self.exact:
+            ranks = spend_exactly(ranks, _nearness(ideal, bounds.caps), units, bounds, self.seed)
         return Allocation(ranks, cost(ranks), allowed)
 
     def _limit_rule(self) -> LimitRule:
         return LimitRule(self.min_rank, self.max_rank, self.limits)
 
-    def _by_remainder(self, exact: Mapping[str, Exact], caps: Mapping[str, int]) -> list[str]:
+    def _by_remainder(self, ideal: Mapping[str, Exact], caps: Mapping[str, int]) -> list[str]:
         """The site of each unit that may be added to the ranks rounded down; each grant takes 1 from a remainder."""
-        remainders = {name: rank - math.floor(rank) for name, rank in exact.items()}
+        remainders = {name: rank - math.floor(rank) for name, rank in ideal.items()}
         places = {remainder: place for place, remainder in enumerate(sorted(set(remainders.values()), reverse=True))}
         units = []
-        for name, rank in exact.items():
+        for name, rank in ideal.items():
             place, tie = places[remainders[name]], tie_order(self.seed, name)
             units += [(more, place, tie, name) for more in range(caps[name] - math.floor(rank))]
         return [name for _, _, _, name in sorted(units)]
+
+
+def _nearness(ideal: Mapping[str, Exact], caps: Mapping[str, int]) -> dict[str, list[float]]:
+    """How much each unit lowers the squared difference between a site's rank and its ideal one: gains for a trade."""
+    return {name: [2 * (float(rank) - k) + 1 for k in range(1, caps[name] + 1)] for name, rank in ideal.items()}
 
 
 @dataclass(frozen=True)
