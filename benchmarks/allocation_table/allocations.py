@@ -133,10 +133,15 @@ def random(sites: Sequence[Site], budget: int, numbers: Sequence[int], seed: int
         yield Entry("random", f"{number:03d}", budget, fixed(randomly(sites, budget, number)), seed)
 
 
-def by_proxies(proxies: Sequence[str], allocators: Sequence[str], budget: int, seed: int) -> Iterator[Entry]:
-    """What the project itself would do over all sites."""
-    for proxy in proxies:
-        for allocator in allocators:
-            overrides = [f"proxy={proxy}", f"allocator={allocator}"]
-            overrides += ["search_space=lora_all"] if proxy == "gora" else []  # it reads weights, shortcuts have none
-            yield Entry("proxy", f"{proxy}_{allocator}", budget, tuple(overrides), seed)
+def by_proxies(proxies: Mapping[str, bool], allocator: str, budget: int, seed: int) -> Iterator[Entry]:
+    """What the project itself would do over all sites, or over all linear layers.
+
+    Args:
+        proxies: name -> whether it reads frozen weights, which shortcuts have none of.
+        allocator: what makes ranks of the scores.
+        budget: parameters.
+        seed: of the scores and of the training.
+    """
+    for proxy, reads_weights in proxies.items():
+        overrides = [f"proxy={proxy}", f"allocator={allocator}", *(["search_space=lora_all"] if reads_weights else [])]
+        yield Entry("proxy", f"{proxy}_{allocator}", budget, tuple(overrides), seed)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from benchmarks.allocation_table import allocations
 from benchmarks.allocation_table.allocations import Entry
+from heterolora.build import find_target
 from heterolora.farm import Cell, play
 from heterolora.report.files import write_whole
 from heterolora.run import composer
@@ -67,7 +69,7 @@ COLUMNS = (
 
 def entries(sites: Sequence[Site]) -> list[Entry]:
     """All rows of the table, those first that are needed first."""
-    proxies = [path.stem for path in sorted((HERE.parents[1] / "conf" / "proxy").glob("*.yaml"))]
+    proxies = {path.stem: _reads_weights(path) for path in sorted((HERE.parents[1] / "conf" / "proxy").glob("*.yaml"))}
     wide, narrow = 82_944, 9_216
     random, by_proxies = partial(allocations.random, sites), allocations.by_proxies
     return list(
@@ -75,20 +77,25 @@ def entries(sites: Sequence[Site]) -> list[Entry]:
             allocations.alone(sites, 0),
             allocations.uniform(sites, 0),
             random(wide, range(20), 0),
-            by_proxies(proxies, ["greedy"], wide, 0),
+            by_proxies(proxies, "greedy", wide, 0),
             *(allocations.uniform(sites, seed) for seed in (1, 2)),
             allocations.alone(sites, 1),
             random(narrow, range(20), 0),
             random(wide, range(20), 1),
-            by_proxies(proxies, ["greedy"], narrow, 0),
+            by_proxies(proxies, "greedy", narrow, 0),
             random(narrow, range(20), 1),
-            by_proxies(proxies, ["greedy"], wide, 1),
+            by_proxies(proxies, "greedy", wide, 1),
             *(allocations.uniform(sites, seed) for seed in (3, 4, 5)),
-            by_proxies(proxies, ["proportional"], wide, 0),
-            by_proxies(proxies, ["greedy"], narrow, 1),
-            by_proxies(proxies, ["greedy"], wide, 2),
+            by_proxies(proxies, "proportional", wide, 0),
+            by_proxies(proxies, "greedy", narrow, 1),
+            by_proxies(proxies, "greedy", wide, 2),
         )
     )
+
+
+def _reads_weights(config: Path) -> bool:
+    target = yaml.safe_load(config.read_text())["_target_"]
+    return bool(getattr(find_target(target, "proxy._target_"), "needs_weights", False))
 
 
 def cells(chosen: Sequence[Entry]) -> Iterator[Cell]:
