@@ -19,9 +19,11 @@ from heterolora.sites import Port, Site, Tap
 from heterolora.statistics import rank_correlation
 
 
+pytestmark = pytest.mark.medium
+
+
 @pytest.fixture(autouse=True)
 def _fewer_draws(monkeypatch):
-    monkeypatch.setattr(agreement, "RESAMPLES", 100)
     monkeypatch.setattr(agreement, "PERMUTATIONS", 999)
 
 
@@ -351,25 +353,6 @@ def test_committed_scores_are_finite_and_at_sites_of_the_table():
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", agreement.KINDS)
-@pytest.mark.parametrize("ties", [False, True])
-def test_correlations_are_those_of_statistics(kind, ties):
-    rng = np.random.default_rng(3)
-    x, y = rng.normal(size=(2, 14))
-    if ties:
-        x, y = x.round(), y.round()
-    ours, theirs = agreement.correlate(x, y, kind), rank_correlation(x.tolist(), y.tolist(), kind, agreement.RESAMPLES)
-    assert (ours.value, ours.low, ours.high) == pytest.approx((theirs.value, theirs.low, theirs.high), abs=1e-12)
-    assert ours.n == 14
-
-
-def test_few_items_with_resamples_that_are_constant_warn_of_nothing():
-    ours = agreement.correlate([1, 2, 3], [1, 3, 2], "kendall")
-    theirs = rank_correlation([1, 2, 3], [1, 3, 2], "kendall", agreement.RESAMPLES)
-    assert (ours.value, ours.low, ours.high) == pytest.approx((theirs.value, theirs.low, theirs.high))
-    assert math.isnan(agreement.correlate([1, 1], [1, 2], "spearman").value)
-
-
 def test_p_is_exact_for_few_items_and_small_for_many():
     assert agreement.permutation_p([1, 2, 3, 4, 5], [2, 4, 6, 8, 10]) == pytest.approx(2 / math.factorial(5))
     assert agreement.permutation_p(range(20), range(20)) == pytest.approx(2 / 1_000)
@@ -553,7 +536,7 @@ def test_ceiling_is_the_agreement_of_two_training_seeds():
     other = dict(zip(loss, losses(seed=1).values(), strict=True))
     table = alone_rows(loss) + [line | {"seed": 1, "key": line["key"] + "b"} for line in alone_rows(other)]
     found = findings(table, {}, part="ceiling", where="all").set_index("measure")["value"]
-    expected = agreement.correlate(list(loss.values()), list(other.values()), "spearman").value
+    expected = rank_correlation(list(loss.values()), list(other.values()), "spearman").value
     assert found["spearman"] == pytest.approx(expected)
     assert ("attainable" in found) == (expected > 0)
 

@@ -282,6 +282,18 @@ def test_the_interval_is_that_of_scipys_bootstrap(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [3, 25])
+def test_the_interval_is_that_of_scipy_draw_by_draw(kind, n):
+    """Draws of three items are often constant; scipy would warn of those."""
+    x, y = (values[:n].round() for values in ranked())
+    draws = np.random.default_rng(7).integers(0, n, (200, n))
+    usable = [draw for draw in draws if len(set(x[draw])) > 1 and len(set(y[draw])) > 1]
+    expected = np.percentile([SCIPY[kind](x[draw], y[draw]).statistic for draw in usable], [2.5, 97.5])
+    found = rank_correlation(x, y, kind, resamples=200, seed=7)
+    assert (found.low, found.high) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_seed_decides_the_draws(kind):
     x, y = ranked()
     first = rank_correlation(x, y, kind, resamples=50)

@@ -80,6 +80,7 @@ def test_what_is_held_is_known_beforehand_where_no_score_decides():
     assert plan({"uniform": UNIFORM, "snip": ["proxy=snip"]}) == {"uniform": 1664, "snip": None}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("method", "held"),
     [
@@ -97,6 +98,7 @@ def test_unequal_held_parameters_are_refused_before_anything_is_run(method, held
     assert plan({"uniform": UNIFORM, "other": method}, tolerance=0.99)["other"] == held
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("method", "key"),
     [
@@ -143,10 +145,7 @@ def held(tmp_path_factory):
     return outputs / "tournaments" / "small_rotten_tomatoes"
 
 
-pytestmark_medium = pytest.mark.medium
-
-
-@pytestmark_medium
+@pytest.mark.medium
 def test_the_duplicate_of_the_uniform_run_matches_it_bit_for_bit(held):
     rows = {row["key"]: row for row in RowFile(held / ROWS).rows()}
     rate = f"lr{chosen(rows)['uniform']:g}"
@@ -168,7 +167,7 @@ def chosen(rows) -> dict[str, float]:
     return {method: min(trials)[1] for method, trials in found.items()}
 
 
-@pytestmark_medium
+@pytest.mark.medium
 def test_rates_are_chosen_on_seeds_and_splits_that_are_not_reported(held):
     rows = {row["key"]: row for row in RowFile(held / ROWS).rows()}
     tuning = [row for row in rows.values() if row["stage"] == "tuning"]
@@ -181,7 +180,7 @@ def test_rates_are_chosen_on_seeds_and_splits_that_are_not_reported(held):
         assert f"optimizer.lr={chosen(rows)[row['group']]!r}" in row["command"]
 
 
-@pytestmark_medium
+@pytest.mark.medium
 def test_the_outcome_is_complete_equal_and_written_down(held):
     rows = RowFile(held / ROWS).rows()
     assert sorted(row["key"].split("-lr")[0] + row["key"][-3:] for row in rows if row["stage"] != "tuning") == [
@@ -202,7 +201,7 @@ def test_the_outcome_is_complete_equal_and_written_down(held):
     assert json.loads((held / "declaration.json").read_text())["seeds"] == [0, 1]
 
 
-@pytestmark_medium
+@pytest.mark.medium
 def test_the_same_command_goes_on_and_another_declaration_is_refused(held, tmp_path, caplog):
     outputs = f"outputs={held.parents[1]}"
     before = (held / ROWS).read_bytes()
@@ -220,7 +219,7 @@ def test_the_same_command_goes_on_and_another_declaration_is_refused(held, tmp_p
         train(job(tmp_path / "steps", *tuned, "trainer.max_steps=2", outputs))
 
 
-@pytestmark_medium
+@pytest.mark.medium
 def test_a_dry_run_says_what_would_be_held_and_runs_nothing(tmp_path, caplog):
     (tmp_path / "log").mkdir()
     with caplog.at_level(logging.INFO):
@@ -229,7 +228,7 @@ def test_a_dry_run_says_what_would_be_held_and_runs_nothing(tmp_path, caplog):
     assert not (tmp_path / "tournaments").exists()
 
 
-@pytestmark_medium
+@pytest.mark.medium
 def test_resume_is_refused_for_a_tournament_goes_on_by_itself(tmp_path):
     (tmp_path / "log").mkdir()
     with pytest.raises(RunFailed, match="goes on by itself"):

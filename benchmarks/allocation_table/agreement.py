@@ -18,7 +18,7 @@ from heterolora.allocators.base import GainRule
 from heterolora.errors import SettingError
 from heterolora.proxies.base import Score, total
 from heterolora.sites import Site
-from heterolora.statistics import CONFIDENCE, Estimate, holm, mean, top_overlap
+from heterolora.statistics import Estimate, holm, mean, rank_correlation, top_overlap
 
 Scores: TypeAlias = Mapping[str, Mapping[int, Mapping[str, Score]]]
 """Proxy -> seed of the scoring -> site -> score. A proxy without usable scores has no seeds."""
@@ -40,7 +40,6 @@ BASELINE = "all linears"
 
 FEWEST_SITES = 5
 FEWEST_ALLOCATIONS = 10
-RESAMPLES = 2000
 PERMUTATIONS = 9_999
 
 WHERE: Mapping[str, tuple[str, ...]] = {"lora": ("lora",), "shortcut": ("shortcut",), "all": ("lora", "shortcut")}
@@ -170,57 +169,6 @@ def levelled(rows: pd.DataFrame) -> dict[str, float]:
 # -- correlations -----------------------------------------------------------------------------------------------------
 
 
-def correlate(x: Sequence[float] | Vector, y: Sequence[float] | Vector, kind: Kind) -> Estimate:
-    """``statistics.rank_correlation`` with its settings left alone, to the last digits; but all resamples at once.
-
-    A table asks for some hundred intervals, which took minutes.
-
-    Args:
-        x: finite numbers, one of each item.
-        y: as many.
-        kind: ``spearman`` or ``kendall``.
-
-    Returns:
-        All NaN (but for n) where x or y is constant.
-    """
-    first, second = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    n = first.size
-    if n == 0 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return Estimate(math.nan, math.nan, math.nan, n)
-    draws = np.random.default_rng(0).integers(0, n, (RESAMPLES, n))
-    compute = _spearman if kind == "spearman" else _kendall
-    value = float(compute(first, second, np.arange(n)[None])[0])
-    drawn = compute(first, second, draws)
-    drawn = drawn[~np.isnan(drawn)]
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(drawn, [tail, 100 - tail]).tolist() if drawn.size else (math.nan, math.nan)
-    return Estimate(value, low, high, n)
-
-
-def _spearman(x: Vector, y: Vector, draws: npt.NDArray[np.int64]) -> Vector:
-    """Rho of each draw of items ``[draws, items]``; NaN where one is constant."""
-    first, second = (stats.rankdata(values[draws], axis=1) for values in (x, y))
-    first, second = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (first, second))
-    size = np.sqrt((first**2).sum(axis=1) * (second**2).sum(axis=1))
-    return _divided((first * second).sum(axis=1), size)
-
-
-def _kendall(x: Vector, y: Vector, draws: npt.NDArray[np.int64]) -> Vector:
-    """Tau-b of each draw: how often each item was drawn weighs the pairs of items."""
-    n = x.size
-    counts = np.apply_along_axis(np.bincount, 1, draws, minlength=n).astype(np.float64)
-    first, second = (np.sign(values[:, None] - values[None]) for values in (x, y))
-
-    def pairs(signs: Vector) -> Vector:
-        return np.asarray(((counts @ signs) * counts).sum(axis=1))
-
-    return _divided(pairs(first * second), np.sqrt(pairs(abs(first)) * pairs(abs(second))))
-
-
-def _divided(numerator: Vector, size: Vector) -> Vector:
-    return np.divide(numerator, size, out=np.full_like(numerator, math.nan), where=size > 0)
-
-
 def permutation_p(x: Sequence[float] | Vector, y: Sequence[float] | Vector) -> float:
     """Two-sided permutation p of Spearman's rho of 0, from ``PERMUTATIONS`` random pairings (all, where fewer exist).
 
@@ -278,7 +226,13 @@ def _both(part: str, where: str, proxy: str | None, x: Vector, y: Vector, left_o
     p = permutation_p(x, y)
     return [
         _finding(
-            part, where, proxy, kind, correlate(x, y, kind), p=p if kind == "spearman" else None, left_out=left_out
+            part,
+            where,
+            proxy,
+            kind,
+            rank_correlation(x.tolist(), y.tolist(), kind),
+            p=p if kind == "spearman" else None,
+            left_out=left_out,
         )
         for kind in KINDS
     ]
@@ -346,7 +300,7 @@ def ceiling(table: pd.DataFrame, sites: Sequence[Site]) -> list[Finding]:
             if len(shared) < FEWEST_SITES:
                 continue
             first, second = ([by_seed[seed][name] for name in shared] for seed in (one, other))
-            estimate = correlate(first, second, "spearman")
+            estimate = rank_correlation(first, second, "spearman")
             pairs.append(estimate.value)
             note = f"seed {one} against seed {other}"
             found.append(_finding("ceiling", where, None, "spearman", estimate, note=note))
@@ -476,12 +430,11 @@ def stability(scores: Scores) -> list[Finding]:
         names = [name for name in next(iter(by_seed.values()), {}) if all(name in given for given in by_seed.values())]
         values = [np.array([total(given[name]) for name in names]) for given in by_seed.values()]
         pairs = list(combinations(values, 2))
-        whole = np.arange(len(names))[None]
         n, equal = len(pairs), any(np.ptp(value) == 0 for value in values if value.size)
         rho, overlap = math.nan, math.nan
         note = "fewer than two seeds" if not pairs else "equal scores" if equal else ""
         if names and not note:
-            rho = float(np.mean([_spearman(one, other, whole)[0] for one, other in pairs]))
+            rho = float(np.mean([stats.spearmanr(one, other).statistic for one, other in pairs]))
             overlap = float(np.mean([top_overlap(one.tolist(), other.tolist()) for one, other in pairs]))
         for measure, value in (("spearman", rho), ("top_overlap", overlap), ("sites", float(len(names)))):
             about = "" if measure == "sites" else note
