@@ -94,11 +94,11 @@ def compare(
             a section are corrected together by Holm's method.
         tolerance: how far held parameters may lie from those of the baseline's largest run (without a baseline: of the
             section's), as a share of them. Steps must be the same.
-        allow_unequal: compare groups with other parameters or steps all the same, and mark them.
+        allow_unequal: compare groups with other parameters, steps, data or weights all the same, and mark them.
 
     Raises:
-        SettingError: if a name does not exist, two different runs have one section, group and seed, or parameters or
-            steps are unequal and that is not allowed.
+        SettingError: if a name does not exist, two different runs have one section, group and seed, or parameters,
+            steps, data or backbone weights are unequal and that is not allowed.
     """
     if not results:
         raise SettingError("table", "no runs", "at least one finished run")
@@ -181,6 +181,7 @@ def _rows(
     steps = {group: _span(run.steps for run in seeds.values()) for group, seeds in groups.items()}
     unequal_held, notes = budgets.held(held)
     unequal_steps, more = budgets.steps(steps)
+    unequal_material, others = budgets.material(groups)
     values = {group: _defined(seeds, split, metric) for group, seeds in groups.items()}
     differences = {} if baseline is None else _differences(values, baseline, primary)
     rows = tuple(
@@ -190,12 +191,12 @@ def _rows(
             len(seeds) - len(values[group]),
             held[group],
             steps[group],
-            group in unequal_held or group in unequal_steps,
+            group in {*unequal_held, *unequal_steps, *unequal_material},
             differences.get(group),
         )
         for group, seeds in groups.items()
     )
-    return rows, notes + more
+    return rows, notes + more + others
 
 
 def _repetitions(runs: Sequence[Result]) -> tuple[dict[str, dict[int, Result]], list[str]]:
@@ -283,6 +284,18 @@ class _Budgets:
     def steps(self, spans: _Spans) -> tuple[list[str], list[str]]:
         """The same for steps, which must be equal: longer training is another budget."""
         return self._far("steps", "optimizer steps", "differ", spans, 0.0)
+
+    def material(self, groups: Mapping[str, Mapping[int, Result]]) -> tuple[list[str], list[str]]:
+        """The same for data and weights: a section is one task and one backbone, whatever they are called."""
+        found = {group: sorted({run.material for run in seeds.values()}) for group, seeds in groups.items()}
+        reference = found[self.baseline or next(iter(found))][0]
+        far = [group for group, digests in found.items() if digests != [reference]]
+        if not far:
+            return [], []
+        if not self.allow_unequal:
+            possible = f"runs in {self.section} read other data or weights; give --unequal to compare them all the same"
+            raise SettingError("data", found, possible)
+        return far, [f"unequal: other data or backbone weights than {reference} in {', '.join(far)}"]
 
     def _reference(self, spans: _Spans) -> int:
         return max(high for _, high in spans.values()) if self.baseline is None else spans[self.baseline][1]

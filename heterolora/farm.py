@@ -282,6 +282,8 @@ def _attempt(cell: Cell, place: Path) -> dict[str, Any]:
         "ranks": {name: rank for name, rank in read_ranks(place / "allocation.json").items() if rank},
         "steps": summary["steps"],
         "seconds": {key: round(value, 2) for key, value in summary["seconds"].items()},
+        "data": {key: summary["data"][key] for key in ("sizes", "sha256")},
+        "backbone": summary["backbone"],
         "digest": _digest(place / "adapter.safetensors"),
         "versions": summary["versions"],
     }

@@ -31,6 +31,7 @@ class Result:
         held: trainable adapter parameters in memory.
         steps: optimizer steps.
         place: where it was read, for messages.
+        material: digests of the data and of the backbone's weights; empty: not known.
     """
 
     section: str
@@ -40,6 +41,7 @@ class Result:
     held: int
     steps: int
     place: str
+    material: str = ""
 
 
 class RowFile:
@@ -165,7 +167,8 @@ def _from_rows(path: Path) -> tuple[list[Result], dict[str, str]]:
                 unfinished[place] = row["state"]
                 continue
             held, steps = row["parameters"]["held"], row["steps"]
-            done.append(Result(row["section"], row["group"], row["seed"], row["metrics"], held, steps, place))
+            material = _material(row["data"]["sha256"], row["backbone"])
+            done.append(Result(row["section"], row["group"], row["seed"], row["metrics"], held, steps, place, material))
         except (KeyError, TypeError) as error:
             raise SettingError("rows", place, f"lacks {error}") from error
     check_controls(list(newest.values()))
@@ -216,10 +219,15 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
             summary, choices = run.summary, run.summary["choices"]
             section, held = f"{choices['task']}, {choices['model']}", summary["parameters"]["held"]
             metrics, place = summary["metrics"], str(run.path)
-            results.append(Result(section, name, summary["seed"], metrics, held, summary["steps"], place))
+            material = _material(summary["data"]["sha256"], summary["backbone"])
+            results.append(Result(section, name, summary["seed"], metrics, held, summary["steps"], place, material))
     except (KeyError, TypeError) as error:
         raise SettingError("DIR", [str(run.path) for run in runs][:1], f"a summary lacks {error}") from error
     return results
+
+
+def _material(data: str, backbone: str) -> str:
+    return f"data {data[:12]}, backbone {backbone[:12]}"
 
 
 _NO_METHOD = frozenset(

@@ -25,9 +25,12 @@ _log = logging.getLogger(__name__)
 Compose: TypeAlias = Callable[[Sequence[str]], tuple[dict[str, Any], dict[str, Any]]]
 """Overrides -> resolved config, and group -> option."""
 
-SHARED = ("model", "task", "data", "trainer", "optimizer", "adapter.scaling", "adapter.scale", "adapter.dropout")
-"""What methods may not change: the same data in the same order, the same steps, one scale rule. The learning rate is
-chosen for each method by the same number of trials."""
+METHOD = ("search_space", "proxy", "probe", "allocator", "budget", "allocation", "adapter")
+"""What methods may change: where and how large adapters are, and what they are. All else is shared, so that they see
+the same data in the same order for the same steps; the learning rate is chosen for each by as many trials."""
+
+SCALE = ("scaling", "scale", "dropout")
+"""What of ``adapter`` is shared, too: one scale rule."""
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 
@@ -190,13 +193,10 @@ class _Plan:
         """
         tournament = self.tournament
         first = {name: self.cell(name, tournament.seeds[0], tournament.rates[0], "run") for name in tournament.methods}
-        base = first[tournament.baseline].config
+        self.shared = _shared(first[tournament.baseline].config)
         for name, cell in first.items():
-            for key in SHARED:
-                if (wanted := _at(base, key)) != (given := _at(cell.config, key)):
-                    raise self._refused(name, f"changes {key}, which all must share: {_difference(wanted, given)}")
-        settings = result_settings(base)
-        self.shared = {key: settings[key] for key in ("model", "task", "data", "trainer", "optimizer", "adapter")}
+            if (given := _shared(cell.config)) != self.shared:
+                raise self._refused(name, f"changes what all must share: {_difference(self.shared, given)}")
         forecasts = {name: _forecast(cell) for name, cell in first.items()}
         budget, spent = forecasts[tournament.baseline]
         reference = budget if spent is None else spent
@@ -318,14 +318,11 @@ def _difference(before: Any, after: Any, name: str = "") -> str:
     return f"{name + ': ' if name else ''}{before} and {after}"
 
 
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    """A value of a config; the optimizer's without the learning rates, which are chosen for each method."""
-    value: Any = config
-    for part in key.split("."):
-        value = value[part] if isinstance(value, Mapping) and part in value else None
-    if key == "optimizer":
-        value = {name: inner for name, inner in value.items() if name not in ("lr", "head_lr")}
-    return value
+def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that is the same for all methods, at one seed and one learning rate."""
+    shared = {key: value for key, value in result_settings(config).items() if key not in METHOD}
+    shared["data"] = {key: value for key, value in shared["data"].items() if key != "root"}  # rows have a digest of it
+    return shared | {"adapter": {key: config["adapter"].get(key) for key in SCALE}, "callbacks": config["callbacks"]}
 
 
 def _first(row: Mapping[str, Any], worst: float) -> float:

@@ -18,7 +18,6 @@ from heterolora.proxies.base import DegenerateScores
 from heterolora.sites import Port, Site, Tap
 from heterolora.statistics import rank_correlation
 
-
 pytestmark = pytest.mark.medium
 
 

@@ -25,6 +25,8 @@ def row(**changes):
         "ranks": {"0.q": 1},
         "steps": 10,
         "digest": "d",
+        "data": {"sha256": "0" * 64},
+        "backbone": "1" * 64,
     }
     return found | changes
 
@@ -83,6 +85,8 @@ def make_run(folder: Path, seed=0, state="finished", overrides=(), **config) -> 
             "metrics": {"test": {"accuracy": 0.5, "loss": None}},
             "parameters": {"held": 7},
             "steps": 3,
+            "data": {"sha256": "0" * 64},
+            "backbone": "1" * 64,
         }
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -98,6 +102,7 @@ def test_a_sweep_is_read_job_by_job_and_what_is_unfinished_is_named(tmp_path):
     assert [Path(result.place).name for result in found.results] == [f"{number}_mrpc" for number in range(11)]
     assert {result.group for result in found.results} == {"proxy=snip", "proxy=fisher"}
     assert {(result.section, result.held, result.steps) for result in found.results} == {("mrpc, minilm", 7, 3)}
+    assert {result.material for result in found.results} == {"data 000000000000, backbone 111111111111"}
     assert {Path(place).name: state for place, state in found.unfinished.items()} == {
         "11_mrpc": "failed",
         "12_mrpc": "running",

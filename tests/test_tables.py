@@ -30,6 +30,8 @@ def folder(tmp_path):
                     "ranks": {},
                     "steps": 10,
                     "digest": "",
+                    "data": {"sha256": "a"},
+                    "backbone": "b",
                 }
             )
     file.append({"key": "run-better-s6", "stage": "run", "state": "failed", "group": "better", "seed": 6})
@@ -78,6 +80,16 @@ def test_bad_input_is_one_line(folder, capsys, arguments, message):
 def test_unequal_budgets_are_mixed_only_on_request_and_marked(folder, capsys):
     assert main(["table", str(folder), "--tolerance", "0.001", "--baseline", "base", "--unequal"]) == 0
     assert "unequal" in capsys.readouterr().out
+
+
+def test_other_data_under_the_same_name_are_refused(folder, capsys):
+    file = RowFile(folder / ROWS)
+    other = next(row for row in file.rows() if row["group"] == "better")
+    file.append(other | {"key": "run-better-s9", "seed": 9, "data": {"sha256": "c"}})
+    assert main(["table", str(folder)]) == 1
+    assert "read other data or weights" in capsys.readouterr().err
+    assert main(["table", str(folder), "--unequal"]) == 0
+    assert "better (unequal)" in capsys.readouterr().out
 
 
 def test_an_empty_folder_is_one_line(tmp_path, capsys):

@@ -102,20 +102,30 @@ def test_unequal_held_parameters_are_refused_before_anything_is_run(method, held
 @pytest.mark.parametrize(
     ("method", "key"),
     [
-        ("trainer.max_epochs=7", "trainer"),
-        ("trainer.accumulate=2", "trainer"),
-        ("data.batch_size=4", "data"),
-        ("task.max_length=32", "task"),
-        ("adapter.scale=4.0", "adapter.scale"),
+        ("trainer.max_epochs=7", "trainer.max_epochs: 2 and 7"),
+        ("trainer.accumulate=2", "trainer.accumulate"),
+        ("data.batch_size=4", "data.batch_size: 8 and 4"),
+        ("task.max_length=32", "task.max_length"),
+        ("adapter.scale=4.0", "adapter.scale: 2.0 and 4.0"),
         ("adapter.scaling=alpha_over_r", "adapter.scaling"),
         ("adapter.dropout=0.1", "adapter.dropout"),
-        ("optimizer.weight_decay=0.5", "optimizer"),
-        ("model=tiny_opt", "model"),
+        ("optimizer.weight_decay=0.5", "optimizer.weight_decay"),
+        ("optimizer.head_lr=0.5", "optimizer.head_lr"),
+        ("model.dropout=0.3", "model.dropout"),
+        ("model=tiny_opt", "model.model_type: bert and opt"),
+        ("+callbacks.mine={_target_: heterolora.callbacks.progress.EpochLog}", "callbacks.mine"),
     ],
 )
 def test_methods_that_change_what_all_must_share_are_refused(method, key):
-    with pytest.raises(SettingError, match=f"changes {key}, which all must share"):
+    with pytest.raises(SettingError, match=f"changes what all must share: {key}"):
         plan({"uniform": UNIFORM, "other": [*UNIFORM, method]})
+
+
+def test_a_method_can_choose_neither_its_seed_nor_its_learning_rate():
+    assert plan({"uniform": UNIFORM, "other": [*UNIFORM, "seed=9", "optimizer.lr=0.7"]}) == {
+        "uniform": 1664,
+        "other": 1664,
+    }
 
 
 def test_an_override_that_hydra_refuses_names_the_method_s_words():
