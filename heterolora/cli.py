@@ -127,7 +127,17 @@ def _table(given: argparse.Namespace) -> None:
     if given.output is not None and given.format == "terminal":
         raise SettingError("--output", given.output, f"needs --format, one of {list(FORMATS)}")
     _check_output(given.output)
-    settings = TableSettings(given.split, given.metric, given.baseline, given.primary, given.tolerance, given.unequal)
+    try:
+        settings = TableSettings(
+            split=given.split,
+            metric=given.metric,
+            baseline=given.baseline,
+            primary=given.primary,
+            tolerance=given.tolerance,
+            unequal=given.unequal,
+        )
+    except SettingError as error:
+        raise SettingError(f"--{error.setting}", error.given, error.possible) from None
     table = table_of(given.folder, settings)
     if given.format == "terminal":
         table.show()
@@ -140,7 +150,7 @@ def _table(given: argparse.Namespace) -> None:
 
 
 def _check_output(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is not None and ((path.exists() and not path.is_file()) or not path.parent.is_dir()):
         raise SettingError("--output", path, "needs the name of a file, in a folder that exists")
 
 

@@ -118,6 +118,8 @@ def compare(
         budgets = _Budgets(name, here[0], tolerance, allow_unequal)
         chosen = _choose_metric(runs, split, metric)
         rows, marked = _rows(groups, split, chosen, *here, budgets)
+        if len(codes := list(dict.fromkeys(run.code for run in runs if run.code))) > 1:
+            marked = [*marked, f"runs were made by {len(codes)} versions of the code: {'; '.join(codes)}"]
         found.append(Section(name, split, chosen, *here, rows, (*repeated, *lacking, *marked)))
     return found
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -29,7 +30,7 @@ from heterolora.parts import config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
-from heterolora.results import ROWS, RowFile
+from heterolora.results import ROWS, RowFile, method_hash
 from heterolora.shelf import Shelf
 from heterolora.training import run_training, without_nan
 
@@ -74,14 +75,14 @@ def pending(cells: Sequence[Cell], folder: Path) -> list[Cell]:
     Raises:
         SettingError: if a row has the key of a cell, but another config.
     """
-    done = {row["key"]: row for row in RowFile(folder / ROWS).rows() if row["state"] == "finished"}
+    done = {row.get("key"): row for row in RowFile(folder / ROWS).rows() if row.get("state") == "finished"}
     for cell in cells:
-        if cell.key in done and done[cell.key]["config_hash"] != config_hash(cell.config):
+        if cell.key in done and done[cell.key].get("config_hash") != config_hash(cell.config):
             raise SettingError("rows", folder / ROWS, f"{cell.key} was run with another config; give a new folder")
     return [cell for cell in cells if cell.key not in done]
 
 
-def play(
+def run_cells(
     cells: Sequence[Cell],
     folder: Path,
     *,
@@ -113,7 +114,7 @@ def play(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         todo = pending(cells, folder)
-        count = _workers(workers, cells)
+        count = processes(workers, cells)
         _log.info(
             "%d runs, %d of them done; %d processes; rows in %s", len(cells), len(cells) - len(todo), count, folder
         )
@@ -137,7 +138,12 @@ def _told(row: Mapping[str, Any]) -> str:
     return f"{row['key']}: validation/{name} {shown}, {row['parameters']['held']:,} held, {row['seconds']['all']:.0f} s"
 
 
-def _workers(asked: int | None, cells: Sequence[Cell]) -> int:
+def processes(asked: int | None, cells: Sequence[Cell]) -> int:
+    """How many processes run these cells; None: as many as the cores allow.
+
+    Raises:
+        SettingError: if they would fight for cores, or their threads are not fixed.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {cell.config["trainer"]["threads"] for cell in cells}
     if len(threads) > 1 or None in threads:
@@ -203,6 +209,7 @@ def _row(cell: Cell, outcome: Mapping[str, Any], commit: str | None) -> dict[str
         "seed": cell.config["seed"],
         **outcome,
         "config_hash": config_hash(cell.config),
+        "method_hash": method_hash(cell.config),
         "command": cell.command,
         "commit": commit,
         "host": platform.node(),
@@ -234,6 +241,7 @@ def _start_worker(parent: int) -> None:
     global _shelf
     _shelf = Shelf(keep=True)
     quieten()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends the others
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -269,8 +277,12 @@ def _attempt(cell: Cell, place: Path) -> dict[str, Any]:
     try:
         parts = make_parts(cell.config, cell.choices)
         summary = run_training(parts, cell.config, place, None, _shelf, partial(_accept, cell))
-    except (SettingError, DegenerateScores, FloatingPointError) as error:
+    except FloatingPointError as error:
+        return {"state": "failed", "error": str(error), "diverged": True}
+    except (SettingError, DegenerateScores) as error:
         return {"state": "failed", "error": str(error)}
+    except SystemExit:  # Lightning's answer to SIGTERM; the parent must see a lost process, and not end as if asked to
+        os._exit(143)
     except Exception as error:  # one run must not stop the others; its log has the whole story
         _log.exception("failed")
         return {"state": "failed", "error": f"{type(error).__name__}: {error}"}

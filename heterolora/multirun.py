@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,21 @@ _log = logging.getLogger(__name__)
 class ShowTable(Callback):
     """Shows and writes the table when a multirun ends, also when some of its jobs failed."""
 
+    def __init__(self) -> None:
+        self._show: Callable[[], None] | None = None
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Hydra tells nobody about the end of a multirun of which a job failed, so the process's end has to do."""
+        if config.table is None or config.tournament is not None or config.run == "dry":
+            return  # tournaments have tables of their own, and dry runs have nothing to show
         self._show = partial(show, Path(config.hydra.sweep.dir), OmegaConf.to_container(config.table, resolve=True))
         atexit.register(self._show)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Show it now."""
-        atexit.unregister(self._show)
-        self._show()
+        if self._show is not None:
+            atexit.unregister(self._show)
+            self._show()
 
 
 def show(folder: Path, node: Any) -> None:

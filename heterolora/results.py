@@ -1,5 +1,6 @@
 """Finished runs as rows: what a comparison needs of each, wherever it was written down."""
 
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ class Result:
         steps: optimizer steps.
         place: where it was read, for messages.
         material: digests of the data and of the backbone's weights; empty: not known.
+        code: commit and versions that made it; empty: not known.
     """
 
     section: str
@@ -42,6 +44,16 @@ class Result:
     steps: int
     place: str
     material: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a tournament said before its first run about the table of its rows."""
+
+    baseline: str
+    primary: str | None
+    tolerance: float
 
 
 class RowFile:
@@ -100,18 +112,20 @@ class Found:
 
     Attributes:
         results: of the finished runs.
-        unfinished: place -> state of the others (running, failed, interrupted).
-        first: the metrics of each section, in the task's order.
+        unfinished: place -> state of the others (running, failed, interrupted, or a damaged status).
+        declared: section -> what was declared, of tournaments.
     """
 
     results: tuple[Result, ...]
     unfinished: Mapping[str, str]
+    declared: Mapping[str, Declared]
 
 
 def find_results(folder: Path) -> Found:
-    """All runs below a folder: run folders of ``train.py``, and the rows of tournaments.
+    """All runs below a folder: run folders of ``train.py``, and the rows of tournaments, each a section of its own.
 
-    Runs are one group if their configs differ in the seed alone. A group's name is what tells it from the others.
+    Runs of one section are one group if their configs differ in the seed alone. A group's name is what tells it from
+    the others; in a tournament, the name of the method.
 
     Raises:
         SettingError: if there is no such folder, no finished run in it, a file is damaged, or a control differs from
@@ -121,14 +135,20 @@ def find_results(folder: Path) -> Found:
         raise SettingError("DIR", folder, "no such folder")
     results: list[Result] = []
     unfinished: dict[str, str] = {}
+    declared: dict[str, Declared] = {}
     runs: list[_Run] = []
     for path, kind in _walk(folder):
         if kind == ROWS:
-            done, open_ones = _from_rows(path / ROWS)
+            name, said = _declaration(path)
+            done, open_ones = _from_rows(path / ROWS, name)
             results += done
             unfinished |= open_ones
+            declared |= {result.section: said for result in done if said is not None}
             continue
-        status = _read_json(path / "status.json")
+        try:
+            status = _read_json(path / "status.json")
+        except SettingError:  # a process died, or the disk was full
+            status = {"state": "damaged"}
         if status.get("state") not in ("finished", "planned", "continued"):
             unfinished[str(path)] = str(status.get("state"))
         elif status["state"] == "finished" and (path / "summary.json").exists():  # a tournament's own log has none
@@ -138,7 +158,18 @@ def find_results(folder: Path) -> Found:
     if not results:
         states = f"; unfinished: {unfinished}" if unfinished else ""
         raise SettingError("DIR", folder, f"holds no finished run{states}")
-    return Found(tuple(results), unfinished)
+    return Found(tuple(results), unfinished, declared)
+
+
+def _declaration(folder: Path) -> tuple[str, Declared | None]:
+    """The name of the tournament in a folder, and what it declared; empty and None where rows have none."""
+    if not (folder / "declaration.json").exists():
+        return "", None
+    content = _read_json(folder / "declaration.json")
+    try:
+        return content["name"], Declared(content["baseline"], content["primary"], content["tolerance"])
+    except KeyError as error:
+        raise SettingError("DIR", folder / "declaration.json", f"lacks {error}") from error
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -154,10 +185,15 @@ def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
                 break
 
 
-def _from_rows(path: Path) -> tuple[list[Result], dict[str, str]]:
-    """Runs count; those that only chose a learning rate do not, and controls must agree with what they repeat."""
+def _from_rows(path: Path, tournament: str) -> tuple[list[Result], dict[str, str]]:
+    """Runs count; those that only chose a learning rate do not, and controls must agree with what they repeat.
+
+    Raises:
+        SettingError: if a row lacks something, or runs of one group differ in more than the seed.
+    """
     done, unfinished = [], {}
     newest = {row.get("key"): row for row in RowFile(path).rows()}
+    methods: dict[str, str] = {}
     for key, row in newest.items():
         place = f"{path}: {key}"
         try:
@@ -166,9 +202,13 @@ def _from_rows(path: Path) -> tuple[list[Result], dict[str, str]]:
             if row["state"] != "finished":
                 unfinished[place] = row["state"]
                 continue
+            if methods.setdefault(row["group"], row["method_hash"]) != row["method_hash"]:
+                raise SettingError("rows", place, f"other runs of {row['group']} have another config, the seed apart")
             held, steps = row["parameters"]["held"], row["steps"]
-            material = _material(row["data"]["sha256"], row["backbone"])
-            done.append(Result(row["section"], row["group"], row["seed"], row["metrics"], held, steps, place, material))
+            material, code = _material(row["data"]["sha256"], row["backbone"]), _code(row["commit"], row["versions"])
+            section = f"{row['section']}; tournament {tournament}" if tournament else row["section"]
+            metrics = row["metrics"]
+            done.append(Result(section, row["group"], row["seed"], metrics, held, steps, place, material, code))
         except (KeyError, TypeError) as error:
             raise SettingError("rows", place, f"lacks {error}") from error
     check_controls(list(newest.values()))
@@ -184,14 +224,14 @@ def check_controls(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     Raises:
         SettingError: if one differs.
     """
-    done = [row for row in rows if row["state"] == "finished"]
+    done = [row for row in rows if row.get("state") == "finished"]
     runs = {(row["group"], row["seed"]): row for row in done if row["stage"] == "run"}
     seeds = []
     for row in done:
         other = runs.get((row["group"], row["seed"]))
         if row["stage"] != "control" or other is None:
             continue
-        if wrong := [what for what in ("digest", "metrics", "ranks") if row[what] != other[what]]:
+        if wrong := [what for what in ("digest", "metrics", "ranks") if row.get(what) != other.get(what)]:
             raise SettingError(
                 "control",
                 row["key"],
@@ -220,7 +260,8 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
             section, held = f"{choices['task']}, {choices['model']}", summary["parameters"]["held"]
             metrics, place = summary["metrics"], str(run.path)
             material = _material(summary["data"]["sha256"], summary["backbone"])
-            results.append(Result(section, name, summary["seed"], metrics, held, summary["steps"], place, material))
+            code, steps = _code(None, summary["versions"]), summary["steps"]
+            results.append(Result(section, name, summary["seed"], metrics, held, steps, place, material, code))
     except (KeyError, TypeError) as error:
         raise SettingError("DIR", [str(run.path) for run in runs][:1], f"a summary lacks {error}") from error
     return results
@@ -230,13 +271,24 @@ def _material(data: str, backbone: str) -> str:
     return f"data {data[:12]}, backbone {backbone[:12]}"
 
 
+def _code(commit: str | None, versions: Mapping[str, str]) -> str:
+    shown = " ".join(f"{name} {version}" for name, version in versions.items())
+    return f"commit {commit}, {shown}" if commit else shown
+
+
 _NO_METHOD = frozenset(
-    {"seed", "resume", "outputs", "run", "logger", "callbacks", "tournament", "table", "data.cache_dir", "data.root"}
+    {"seed", "resume", "outputs", "run", "logger", "tournament", "table", "data.cache_dir", "data.root"}
 )
 """Values that tell no method from another; seeds are repetitions."""
 
-_APART = ("task", "model", "logger", "callbacks")
-"""Choices that tell no method from another: the first two are the section."""
+_APART = ("task", "model", "logger", "callbacks", "experiment")
+"""Choices that name no method: the first two are the section, of the others the values count."""
+
+
+def method_hash(config: Mapping[str, Any]) -> str:
+    """Identifies runs that differ in the seed alone."""
+    text = json.dumps(_flat(config, config.get("seed")), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def group_names(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Sequence[str]]]) -> list[str]:
@@ -246,36 +298,50 @@ def group_names(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Seque
         runs: for each the choices (group -> option), the resolved config, and the overrides that the user gave.
 
     Returns:
-        Of each run: the options and values in which runs differ, e.g. ``proxy=snip optimizer.lr=0.001``. What follows
-        from something named already is left out; options come first, then what was given, then the rest. If runs
-        differ in nothing: ``all runs``.
+        Of each run: the options and values in which runs of its section differ, e.g. ``proxy=snip optimizer.lr=0.001``.
+        Options come first, then every value that was given and differs, then what else is needed to tell configs
+        apart; equal configs have equal names, however they were asked for. If runs differ in nothing: ``all runs``.
     """
-    names: list[list[str]] = [[] for _ in runs]
-    known: list[tuple[Any, ...]] = [(choices.get("task"), choices.get("model")) for choices, _, _ in runs]
-    flat = [_flat(config, config.get("seed")) for _, config, _ in runs]
-    choices = [{key: value for key, value in given.items() if key not in _APART} for given, _, _ in runs]
+    sections: dict[tuple[Any, Any], list[int]] = {}
+    for index, (choices, _, _) in enumerate(runs):
+        sections.setdefault((choices.get("task"), choices.get("model")), []).append(index)
+    names: dict[int, str] = {}
+    for members in sections.values():
+        names |= dict(zip(members, _names_in_section([runs[index] for index in members]), strict=True))
+    return [names[index] for index in range(len(runs))]
+
+
+def _names_in_section(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Sequence[str]]]) -> list[str]:
     given = {text.partition("=")[0].lstrip("+~") for _, _, overrides in runs for text in overrides}
+    flat = [_flat(config, config.get("seed"), given=given) for _, config, _ in runs]
+    configs = [json.dumps(row, sort_keys=True, default=str) for row in flat]
+    choices = [{key: value for key, value in chosen.items() if key not in _APART} for chosen, _, _ in runs]
     user = [{key: value for key, value in row.items() if key in given} for row in flat]
+    names: list[list[str]] = [[] for _ in runs]
+    known: list[tuple[str, ...]] = [() for _ in runs]
     for table in (choices, user, flat):
         for key in dict.fromkeys(key for row in table for key in row):
             values = [json.dumps(row.get(key), sort_keys=True, default=str) for row in table]
-            if len(set(zip(known, values, strict=True))) == len(set(known)):
-                continue  # the same everywhere, or it follows from what is known
-            known = [(*before, value) for before, value in zip(known, values, strict=True)]
-            for name, row in zip(names, table, strict=True):
-                name.append(f"{key}={row.get(key)}")
+            finer = len(set(zip(known, values, strict=True))) > len(set(known))
+            follows = len(set(zip(configs, values, strict=True))) == len(set(configs))  # equal configs, equal values
+            if follows and (finer or (table is user and len(set(values)) > 1)):
+                known = [(*before, value) for before, value in zip(known, values, strict=True)]
+                for name, row in zip(names, table, strict=True):
+                    name.append(f"{key}={row.get(key)}")
     return [" ".join(name) or "all runs" for name in names]
 
 
-def _flat(node: Mapping[str, Any], seed: Any, prefix: str = "") -> dict[str, Any]:
+def _flat(
+    node: Mapping[str, Any], seed: Any, prefix: str = "", given: frozenset[str] | set[str] = frozenset()
+) -> dict[str, Any]:
     """Dotted names of the values on which results depend, but for the seed, which some nodes repeat."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if name in _NO_METHOD or (key == "seed" and value == seed):
+        if name in _NO_METHOD or (key == "seed" and value == seed and name not in given):
             continue
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, seed, f"{name}.")
+            flat |= _flat(value, seed, f"{name}.", given)
         else:
             flat[name] = value
     return flat

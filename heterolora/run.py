@@ -1,5 +1,6 @@
 """From a composed config to a finished run: the only file that knows Hydra."""
 
+import errno
 import json
 import logging
 import math
@@ -30,10 +31,13 @@ from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
 from heterolora.tables import TableSettings, table_of
-from heterolora.tournament import Compose, Tournament, forecast, hold
+from heterolora.tournament import Compose, Tournament, forecast, run_tournament
 from heterolora.training import Resume, run_training
 
 _log = logging.getLogger(__name__)
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
+"""Errors of a disk or a folder that only the user can mend."""
 
 
 class RunFailed(CompactHydraException):
@@ -96,11 +100,19 @@ def _hold_tournament(config: Mapping[str, Any], overrides: Sequence[str]) -> Non
             for method, held in forecast(tournament, config_of, overrides).items():
                 _log.info("%s: %s", method, f"{held:,} parameters" if held else "as many as its scores lead to")
             return
-        outcome = hold(tournament, config_of, overrides, folder)
-    settings = TableSettings(None, None, tournament.baseline, tournament.primary, tournament.tolerance, False)
-    table = table_of(folder, settings)
-    table.show()
-    table.write(folder)
+        outcome = run_tournament(tournament, config_of, overrides, folder)
+    settings = TableSettings(
+        split=None,
+        metric=None,
+        baseline=tournament.baseline,
+        primary=tournament.primary,
+        tolerance=tournament.tolerance,
+        unequal=False,
+    )
+    if len(outcome.failed) < len(outcome.rows):
+        table = table_of(folder, settings)
+        table.show()
+        table.write(folder)
     for note in outcome.notes:
         _log.info("%s", note)
     if outcome.failed:
@@ -266,7 +278,10 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
 
     def end(state: str, **more: Any) -> None:
         status.update(state=state, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more)
-        write_json(folder / "status.json", status)
+        try:
+            write_json(folder / "status.json", status)
+        except OSError as error:  # the disk that ended the job may be full for its status, too
+            _log.error("%s: %s", folder / "status.json", error)
 
     try:
         with _terminable():
@@ -274,6 +289,11 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
     except (SettingError, DegenerateScores, FloatingPointError, WorkerLostError) as error:
         end("failed", error=str(error))
         raise RunFailed(str(error)) from error
+    except OSError as error:
+        end("failed", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        if error.errno in _NO_PLACE:
+            raise RunFailed(f"{error.filename or folder}: {error.strerror}") from error
+        raise
     except Exception as error:
         end("failed", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         raise

@@ -1,11 +1,12 @@
 """The table of a folder of runs: read, compared, shown and kept."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from heterolora.comparison import Section, compare
+from heterolora.errors import SettingError
 from heterolora.report.files import write_text, write_whole
 from heterolora.report.table import as_frame, as_latex, as_markdown, print_table
 from heterolora.results import Found, find_results
@@ -18,6 +19,10 @@ FORMATS: Mapping[str, Callable[[Sequence[Section]], str]] = {
 """What a table can be written as, beside the terminal."""
 
 
+MOST_TOLERANCE = 0.01
+"""Held parameters that differ by more are not equal (docs/protocol.md)."""
+
+
 @dataclass(frozen=True)
 class TableSettings:
     """What is shown of a folder of runs.
@@ -27,7 +32,7 @@ class TableSettings:
         metric: null: the task's first.
         baseline: the group that the others are compared with; null: no differences.
         primary: the group whose comparison was chosen beforehand; null: none.
-        tolerance: by how much held parameters may differ, as a share.
+        tolerance: by how much held parameters may differ, as a share; at most 0.01.
         unequal: compare runs that hold unequal parameters, or made unequal steps, all the same, and mark them.
     """
 
@@ -37,6 +42,14 @@ class TableSettings:
     primary: str | None
     tolerance: float
     unequal: bool
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance <= MOST_TOLERANCE:
+            raise SettingError(
+                "tolerance",
+                self.tolerance,
+                f"a share from 0 to {MOST_TOLERANCE}; to compare more, unequal=true or --unequal",
+            )
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,8 @@ def table_of(folder: Path, settings: TableSettings) -> FolderTable:
     Raises:
         SettingError: if there are none, budgets are unequal, or a name does not exist.
     """
-    found: Found = find_results(folder)
+    found = find_results(folder)
+    settings = _as_declared(settings, found)
     sections = compare(
         found.results,
         split=settings.split,
@@ -88,3 +102,25 @@ def table_of(folder: Path, settings: TableSettings) -> FolderTable:
         allow_unequal=settings.unequal,
     )
     return FolderTable(sections, found.unfinished)
+
+
+def _as_declared(settings: TableSettings, found: Found) -> TableSettings:
+    """With a tournament's own baseline, primary comparison and tolerance, which cannot be chosen afterwards.
+
+    Raises:
+        SettingError: if another primary comparison is asked for.
+    """
+    said = set(found.declared.values())
+    for one in said:
+        if settings.primary is not None and settings.primary != one.primary:
+            raise SettingError("--primary", settings.primary, f"the tournament declared {one.primary}")
+        if settings.primary is not None and settings.baseline != one.baseline:
+            raise SettingError("--baseline", settings.baseline, f"the tournament declared {one.baseline}")
+    if len(said) != 1 or settings.baseline is not None:
+        return settings
+    (one,) = said
+    if {result.section for result in found.results} != set(found.declared):
+        return settings
+    return replace(
+        settings, baseline=one.baseline, primary=one.primary, tolerance=min(settings.tolerance, one.tolerance)
+    )

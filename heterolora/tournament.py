@@ -14,11 +14,12 @@ from typing import Any, TypeAlias
 
 from heterolora.build import build
 from heterolora.errors import SettingError
-from heterolora.farm import Cell, play
+from heterolora.farm import Cell, processes, run_cells
 from heterolora.parts import make_parts, result_settings
 from heterolora.report.files import write_json
-from heterolora.results import ROWS, check_controls
+from heterolora.results import ROWS, RowFile, check_controls
 from heterolora.space import survey
+from heterolora.tables import MOST_TOLERANCE
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Tournament:
             one with the best mean first metric on validation.
         tuning_seeds: seeds of those trials, none of which is in ``seeds``.
         workers: processes; null: as many as the cores allow with ``trainer.threads`` each.
-        tolerance: by how much held parameters may differ from the baseline's, as a share of them.
+        tolerance: by how much held parameters may differ from the baseline's, as a share of them; at most 0.01.
     """
 
     name: str
@@ -77,8 +78,8 @@ class Tournament:
                 raise SettingError(key, given, f"possible: {names}")
         if self.primary == self.baseline:
             raise SettingError("primary", self.primary, "is the baseline; name another method, or null")
-        if not 0 <= self.tolerance < 1:
-            raise SettingError("tolerance", self.tolerance, "a share from 0 up to, not including, 1")
+        if not 0 <= self.tolerance <= MOST_TOLERANCE:
+            raise SettingError("tolerance", self.tolerance, f"a share from 0 to {MOST_TOLERANCE}")
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -88,6 +89,10 @@ class Tournament:
                 raise SettingError(key, given, "at least one")
             if len(set(given)) < len(given):
                 raise SettingError(key, given, "each once")
+        if wrong := [rate for rate in self.rates if not 0 < rate < math.inf]:
+            raise SettingError("rates", wrong, "numbers above 0")
+        if unusable := [seed for seed in (*self.seeds, *self.tuning_seeds) if not 0 <= seed < 2**32]:
+            raise SettingError("seeds", unusable, "whole numbers from 0 to 2^32 - 1")
         if len(self.rates) > 1 and not self.tuning_seeds:
             raise SettingError("tuning_seeds", [], f"at least one, to choose among {len(self.rates)} rates")
         if both := sorted(set(self.seeds) & set(self.tuning_seeds)):
@@ -118,7 +123,7 @@ class Outcome:
         return [row for row in self.rows if row["state"] != "finished"]
 
 
-def hold(tournament: Tournament, compose: Compose, overrides: Sequence[str], folder: Path) -> Outcome:
+def run_tournament(tournament: Tournament, compose: Compose, overrides: Sequence[str], folder: Path) -> Outcome:
     """Choose the learning rates, run everything, and check it.
 
     What is done already is not done again.
@@ -131,8 +136,9 @@ def hold(tournament: Tournament, compose: Compose, overrides: Sequence[str], fol
 
     Raises:
         SettingError: if methods differ in what they must share, hold unequal parameters as far as is known before
-            scores are, the folder holds another declaration, or a control differs from the run that it repeats.
-        WorkerLostError: see ``play``.
+            scores are, the folder holds another declaration, a trial failed, or a control differs from the run that it
+            repeats.
+        WorkerLostError: see ``run_cells``.
     """
     plan = _Plan(tournament, compose, overrides)
     plan.check()
@@ -147,7 +153,7 @@ def hold(tournament: Tournament, compose: Compose, overrides: Sequence[str], fol
     )
     rates, notes = plan.tune(folder)
     cells = plan.cells(rates)
-    rows = play(cells, folder, workers=tournament.workers, keep=True)
+    rows = run_cells(cells, folder, workers=tournament.workers, keep=True)
     if repeated := check_controls(rows):
         notes.append(f"control: the runs with seeds {repeated} were repeated, and are the same bit for bit")
     return Outcome(tuple(rows), rates, tuple(notes))
@@ -157,7 +163,7 @@ def forecast(tournament: Tournament, compose: Compose, overrides: Sequence[str])
     """What each method will hold, None where that depends on scores; nothing is run.
 
     Raises:
-        SettingError: as ``hold`` does before the first run.
+        SettingError: as ``run_tournament`` does before the first run.
     """
     return _Plan(tournament, compose, overrides).check()
 
@@ -181,8 +187,11 @@ class _Plan:
         given = merged(given, [f"seed={seed}", f"optimizer.lr={rate!r}"])
         if stage == "tuning":
             given = merged(given, ["trainer.test=false"])  # what is reported is not looked at
-        config, choices = self.compose(given)
-        key = f"{stage}-{method}-lr{rate:g}-s{seed}"
+        try:
+            config, choices = self.compose(given)
+        except SettingError as error:
+            raise self._refused(method, error.possible) from error
+        key = f"{stage}-{method}-lr{rate!r}-s{seed}"
         return Cell(key, method, stage, config, choices, command(given), self.held)
 
     def check(self) -> dict[str, int | None]:
@@ -193,18 +202,30 @@ class _Plan:
         """
         tournament = self.tournament
         first = {name: self.cell(name, tournament.seeds[0], tournament.rates[0], "run") for name in tournament.methods}
+        for cell in first.values():
+            make_parts(cell.config, cell.choices)
+        try:
+            processes(tournament.workers, list(first.values()))
+        except SettingError as error:
+            raise (error.under("tournament") if error.setting == "workers" else error) from None
         self.shared = _shared(first[tournament.baseline].config)
         for name, cell in first.items():
             if (given := _shared(cell.config)) != self.shared:
                 raise self._refused(name, f"changes what all must share: {_difference(self.shared, given)}")
+        if not self.shared["trainer"]["test"]:
+            raise SettingError(
+                "trainer.test", False, "a tournament reports on the test split; its trials leave it alone"
+            )
         forecasts = {name: _forecast(cell) for name, cell in first.items()}
         budget, spent = forecasts[tournament.baseline]
         reference = budget if spent is None else spent
         known = {name: found for name, (_, found) in forecasts.items()}
         if reference is None:
             return known  # the budget counts sites: what they hold is known, and checked, when they have run
-        share = tournament.tolerance
-        least, most = self.held = math.ceil(reference * (1 - share)), math.floor(reference * (1 + share))
+        share, least = tournament.tolerance, math.ceil(reference * (1 - tournament.tolerance))
+        most = math.floor(reference * (1 + share))
+        most = max(reference, most if budget is None else min(budget, most))  # nobody may buy more than the baseline
+        self.held = least, most
         for name, found in known.items():
             if found is not None and not least <= found <= most:
                 raise self._refused(
@@ -224,9 +245,20 @@ class _Plan:
         tournament, rates, seeds = self.tournament, self.tournament.rates, self.tournament.tuning_seeds
         if len(rates) == 1:
             return dict.fromkeys(tournament.methods, rates[0]), []
+        path = folder / "rates.json"
+        if path.exists():
+            kept = _read(path)
+            return kept["rates"], kept["notes"]
         trials = [(method, rate, seed) for method in tournament.methods for rate in rates for seed in seeds]
         cells = [self.cell(method, seed, rate, "tuning") for method, rate, seed in trials]
-        rows = play(cells, folder, workers=tournament.workers, keep=False)
+        rows = run_cells(cells, folder, workers=tournament.workers, keep=False)
+        if broken := [row for row in rows if row["state"] != "finished" and not row.get("diverged")]:
+            raise SettingError(
+                "tournament",
+                tournament.name,
+                f"{len(broken)} of {len(rows)} trials failed, the first is {broken[0]['key']}: {broken[0]['error']}; a "
+                "learning rate is chosen from all of them, and the same command tries them again",
+            )
         larger = make_parts(cells[0].config, cells[0].choices).task.mode == "max"
         found: dict[str, dict[float, list[float]]] = {}
         for (method, rate, _), row in zip(trials, rows, strict=True):
@@ -234,19 +266,27 @@ class _Plan:
             found.setdefault(method, {}).setdefault(rate, []).append(value)
         chosen, notes = {}, []
         for method, values in found.items():
-            means = {rate: sum(given) / len(given) for rate, given in values.items()}
-            best = (max if larger else min)(means.values())
-            if not math.isfinite(best):
-                why = next(row["error"] for row in rows if row["group"] == method and row["state"] != "finished")
-                raise self._refused(method, f"no learning rate of {list(rates)} could be run to its end ({why})")
-            chosen[method] = min(rate for rate, mean in means.items() if mean == best)
-            shown = ", ".join(f"{rate:g}: {mean:.4f}" for rate, mean in means.items())
-            note = f"{method}: learning rate {chosen[method]:g}, by validation with seeds {list(seeds)} ({shown})"
-            if chosen[method] in (min(rates), max(rates)):
-                note += "; it is at the edge of the grid"
+            chosen[method], note = self._best(method, values, larger)
             notes.append(note)
             _log.info("%s", note)
+        write_json(path, {"rates": chosen, "notes": notes})  # chosen once, whatever is run again
         return chosen, notes
+
+    def _best(self, method: str, values: Mapping[float, Sequence[float]], larger: bool) -> tuple[float, str]:
+        """The rate with the best mean, the lowest of equals, and a note about it."""
+        means = {rate: sum(given) / len(given) for rate, given in values.items()}
+        best = (max if larger else min)(means.values())
+        if not math.isfinite(best):
+            raise self._refused(
+                method, f"diverged, or has no defined metric, with every learning rate of {list(means)}"
+            )
+        chosen = min(rate for rate, mean in means.items() if mean == best)
+        shown = ", ".join(f"{rate!r}: {mean:.4f}" for rate, mean in means.items())
+        seeds = list(self.tournament.tuning_seeds)
+        note = f"{method}: learning rate {chosen!r}, by validation with seeds {seeds} ({shown})"
+        if len(means) > 2 and chosen in (min(means), max(means)):
+            note += "; it is at the edge of the grid"
+        return chosen, note
 
     def cells(self, rates: Mapping[str, float]) -> list[Cell]:
         """The reported runs, seed by seed, so that one that is broken off has whole pairs; then the controls."""
@@ -287,26 +327,32 @@ def _forecast(cell: Cell) -> tuple[int | None, int | None]:
 
 
 def _declare(folder: Path, declaration: Mapping[str, Any]) -> None:
-    """Write the declaration before the first run, or refuse another than the one that is there.
+    """Write the declaration; once a run is finished, another one than the one that is there is refused.
 
     Raises:
         SettingError: if it differs, with what differs.
     """
     path, declaration = folder / "declaration.json", json.loads(json.dumps(declaration))
-    if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if before != declaration:
-            raise SettingError(
-                "tournament.name",
-                declaration["name"],
-                f"{folder} was declared otherwise: {_difference(before, declaration)}; a comparison is declared before "
-                "its first run, give another name",
-            )
-        return
-    if (folder / ROWS).exists():
+    done = any(row.get("state") == "finished" for row in RowFile(folder / ROWS).rows())
+    if done and not path.exists():
         raise SettingError("tournament.name", declaration["name"], f"{folder} holds rows, but no declaration")
+    if done and (before := _read(path)) != declaration:
+        raise SettingError(
+            "tournament.name",
+            declaration["name"],
+            f"{folder} was declared otherwise: {_difference(before, declaration)}; a comparison is declared before "
+            "its first run, give another name",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(path, declaration)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingError("tournament.name", path, f"is damaged ({error})") from error
+    return content
 
 
 def _difference(before: Any, after: Any, name: str = "") -> str:
@@ -326,7 +372,7 @@ def _shared(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _first(row: Mapping[str, Any], worst: float) -> float:
-    """The first metric on validation; a run that failed, or has none, is the worst."""
+    """The first metric on validation; a run that diverged, or has none, is the worst."""
     if row["state"] != "finished":
         return worst
     value = next(iter(row["metrics"]["validation"].values()))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from heterolora.errors import SettingError
-from heterolora.farm import Cell, WorkerLostError, code_version, pending, play
+from heterolora.farm import Cell, WorkerLostError, code_version, pending, run_cells
 from heterolora.results import ROWS, RowFile
 from heterolora.run import composer
 from tests.jobs import TINY, prepare, train
@@ -27,15 +27,19 @@ def cell(*overrides: str, group="a", stage="run", held=None) -> Cell:
 
 
 class Exit:
-    """An allocator that ends its process, as the kernel does when memory runs out."""
+    """An allocator that ends its process once, as the kernel does when memory runs out, or as SIGTERM does."""
 
     counts_sites = False
     gain_rule = None
 
     def allocate(self, gains, cost, budget, groups):
-        if "PYTEST_CURRENT_TEST" in os.environ and Path(os.environ["EXIT_ONCE"]).exists():
-            Path(os.environ["EXIT_ONCE"]).unlink()
-            os._exit(9)
+        trap = Path(os.environ["EXIT_ONCE"])
+        if trap.exists():
+            how = trap.read_text()
+            trap.unlink()
+            if how == "killed":
+                os._exit(9)
+            raise SystemExit(143)  # what Lightning makes of SIGTERM
         from heterolora.allocators.uniform import Uniform
 
         return Uniform().allocate(gains, cost, budget, groups)
@@ -53,7 +57,7 @@ def played(tmp_path_factory):
         cell(*uniform, "seed=0", stage="control"),
     ]
     told = []
-    rows = play(cells, folder, workers=None, keep=True, on_row=told.append)
+    rows = run_cells(cells, folder, workers=None, keep=True, on_row=told.append)
     return folder, cells, rows, told
 
 
@@ -108,7 +112,7 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(played):
     folder, cells, _, _ = played
     assert [one.key for one in pending(cells, folder)] == ["run-degenerate-s0"]
     before = (folder / ROWS).read_bytes()
-    assert len(play([cells[0], cells[3]], folder, workers=None, keep=True)) == 2  # starts no process
+    assert len(run_cells([cells[0], cells[3]], folder, workers=None, keep=True)) == 2  # starts no process
     assert (folder / ROWS).read_bytes() == before
 
 
@@ -121,7 +125,7 @@ def test_a_row_of_another_config_is_refused(played):
 
 def test_an_allocation_outside_the_bounds_is_not_trained(tmp_path):
     one = cell("allocator=uniform", "budget=qv_r2", held=(1, 511))
-    (row,) = play([one], tmp_path, workers=1, keep=False)
+    (row,) = run_cells([one], tmp_path, workers=1, keep=False)
     assert row["state"] == "failed"
     assert row["error"] == "held=512: a must hold 1 to 511 parameters to be compared"
     assert "metrics" not in row
@@ -132,29 +136,30 @@ def test_two_processes_cannot_write_to_one_folder(tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(SettingError, match="another process"):
-            play([cell("allocator=uniform", "budget=qv_r2")], tmp_path, workers=1, keep=False)
+            run_cells([cell("allocator=uniform", "budget=qv_r2")], tmp_path, workers=1, keep=False)
 
 
 def test_processes_that_would_fight_for_cores_are_refused(tmp_path):
     one = cell("allocator=uniform", "budget=qv_r2")
     with pytest.raises(SettingError, match="workers=1000"):
-        play([one], tmp_path, workers=1000, keep=False)
+        run_cells([one], tmp_path, workers=1000, keep=False)
     unset = replace(one, config={**one.config, "trainer": {**one.config["trainer"], "threads": None}})
     with pytest.raises(SettingError, match="bits depend on it"):
-        play([unset], tmp_path, workers=1, keep=False)
+        run_cells([unset], tmp_path, workers=1, keep=False)
     with pytest.raises(ValueError, match="not unique"):
-        play([one, one], tmp_path, workers=1, keep=False)
+        run_cells([one, one], tmp_path, workers=1, keep=False)
 
 
-def test_a_killed_process_loses_its_own_run_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["killed", "terminated"])
+def test_a_process_that_is_ended_from_outside_loses_its_own_run_only(tmp_path, monkeypatch, how):
     trap = tmp_path / "trap"
-    trap.touch()
+    trap.write_text(how)
     monkeypatch.setenv("EXIT_ONCE", str(trap))
     good = cell("allocator=uniform", "budget=qv_r2", "seed=0")
     bad = cell("allocator=uniform", "budget=qv_r2", "seed=1", group="killed")
     bad.config["allocator"]["_target_"] = "tests.test_farm.Exit"
     with pytest.raises(WorkerLostError, match="killed-s1"):
-        play([good, bad], tmp_path / "rows", workers=1, keep=False)
+        run_cells([good, bad], tmp_path / "rows", workers=1, keep=False)
     assert [one.key for one in pending([good, bad], tmp_path / "rows")] == [bad.key]
-    rows = play([good, bad], tmp_path / "rows", workers=1, keep=False)
+    rows = run_cells([good, bad], tmp_path / "rows", workers=1, keep=False)
     assert [row["state"] for row in rows] == ["finished", "finished"]

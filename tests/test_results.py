@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from heterolora.errors import SettingError
-from heterolora.results import ROWS, RowFile, check_controls, find_results, group_names
+from heterolora.results import ROWS, RowFile, check_controls, find_results, group_names, method_hash
 
 
 def row(**changes):
@@ -27,6 +27,9 @@ def row(**changes):
         "digest": "d",
         "data": {"sha256": "0" * 64},
         "backbone": "1" * 64,
+        "method_hash": "m",
+        "commit": "c",
+        "versions": {"torch": "2"},
     }
     return found | changes
 
@@ -87,6 +90,7 @@ def make_run(folder: Path, seed=0, state="finished", overrides=(), **config) -> 
             "steps": 3,
             "data": {"sha256": "0" * 64},
             "backbone": "1" * 64,
+            "versions": {"torch": "2"},
         }
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -122,6 +126,39 @@ def test_rows_count_once_and_hide_the_folders_below_them(tmp_path):
     assert list(found.unfinished.values()) == ["failed"]
 
 
+def declare(folder: Path, name: str, **changes) -> Path:
+    folder.mkdir()
+    content = {"name": name, "baseline": "a", "primary": None, "tolerance": 0.01} | changes
+    (folder / "declaration.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_every_tournament_is_a_section_of_its_own(tmp_path):
+    for name in ("one", "two"):
+        RowFile(declare(tmp_path / name, name, primary="b") / ROWS).append(row(seed=len(name)))
+    found = find_results(tmp_path)
+    assert [result.section for result in found.results] == [
+        "mrpc, minilm; tournament one",
+        "mrpc, minilm; tournament two",
+    ]
+    assert {said.primary for said in found.declared.values()} == {"b"}
+
+
+def test_runs_of_one_method_that_differ_in_more_than_the_seed_are_refused(tmp_path):
+    file = RowFile(tmp_path / ROWS)
+    file.append(row())
+    file.append(row(key="run-a-s1", seed=1, method_hash="other"))
+    with pytest.raises(SettingError, match="another config"):
+        find_results(tmp_path)
+
+
+def test_the_hash_of_a_method_forgets_the_seed_and_nothing_else():
+    config = {"seed": 3, "allocator": {"seed": 3, "rank": 8}, "optimizer": {"lr": 1}}
+    assert method_hash(config) == method_hash({**config, "seed": 4, "allocator": {"seed": 4, "rank": 8}})
+    assert method_hash(config) != method_hash({**config, "optimizer": {"lr": 2}})
+    assert method_hash(config) != method_hash({**config, "seed": 4})  # an allocator with a seed of its own
+
+
 def test_folders_without_finished_runs_are_refused(tmp_path):
     with pytest.raises(SettingError, match="no such folder"):
         find_results(tmp_path / "missing")
@@ -132,7 +169,15 @@ def test_folders_without_finished_runs_are_refused(tmp_path):
         find_results(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["status.json", "summary.json", "config.yaml"])
+def test_a_run_whose_status_is_damaged_is_unfinished(tmp_path):
+    make_run(tmp_path / "a")
+    (make_run(tmp_path / "b") / "status.json").write_text("")
+    found = find_results(tmp_path)
+    assert len(found.results) == 1
+    assert list(found.unfinished.values()) == ["damaged"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.yaml"])
 def test_damaged_files_are_one_line(tmp_path, name):
     run = make_run(tmp_path / "a")
     (run / name).write_text("{")
@@ -201,6 +246,24 @@ def test_what_follows_from_a_named_option_is_left_out_and_what_the_user_gave_com
         "proxy=fisher optimizer.lr=2",
         "proxy=snip optimizer.lr=2",
     ]
+
+
+def test_what_was_given_and_differs_is_always_said():
+    config = {"proxy": {"kind": 1}, "optimizer": {"lr": 1}}
+    other = {"proxy": {"kind": 2}, "optimizer": {"lr": 5}}
+    both = [({"proxy": "snip"}, config), ({"proxy": "random"}, other)]
+    assert names(*both, given=["optimizer.lr=5"]) == ["proxy=snip optimizer.lr=1", "proxy=random optimizer.lr=5"]
+
+
+def test_equal_configs_are_one_group_however_they_were_asked_for():
+    config = {"budget": {"rank": 2, "roles": None}}
+    found = names(({"budget": "all_r2"}, config), ({"budget": "qv_r2"}, config), ({"experiment": "mine"}, config))
+    assert found == ["all runs"] * 3
+
+
+def test_a_seed_that_was_given_to_an_allocator_is_none_of_the_run():
+    runs = [({}, {"seed": seed, "allocator": {"seed": 0}}) for seed in (0, 1, 2)]
+    assert names(*runs, given=["allocator.seed=0", "seed=1"]) == ["all runs"] * 3
 
 
 def test_task_and_backbone_are_sections_and_no_part_of_a_name():

@@ -32,6 +32,9 @@ def folder(tmp_path):
                     "digest": "",
                     "data": {"sha256": "a"},
                     "backbone": "b",
+                    "method_hash": group,
+                    "commit": "c1" if seed < 5 else "c2",
+                    "versions": {"torch": "2"},
                 }
             )
     file.append({"key": "run-better-s6", "stage": "run", "state": "failed", "group": "better", "seed": 6})
@@ -64,7 +67,9 @@ def test_a_file_is_written_whole_and_reads_back(folder, capsys):
         (["--metric", "f1"], "--metric=f1"),
         (["--split", "train"], "--split=train"),
         (["--tolerance", "0.001", "--baseline", "base"], "held="),
-        (["--tolerance", "-1"], "tolerance"),
+        (["--tolerance", "-1"], "--tolerance=-1.0: a share from 0 to 0.01"),
+        (["--tolerance", "0.5"], "--tolerance=0.5: a share from 0 to 0.01"),
+        (["--output", "/dev/null", "--format", "csv"], "needs the name of a file"),
         (["--output", "x.txt"], "needs --format"),
         (["--output", "missing/x.txt", "--format", "csv"], "folder that exists"),
     ],
@@ -90,6 +95,24 @@ def test_other_data_under_the_same_name_are_refused(folder, capsys):
     assert "read other data or weights" in capsys.readouterr().err
     assert main(["table", str(folder), "--unequal"]) == 0
     assert "better (unequal)" in capsys.readouterr().out
+
+
+def test_runs_of_several_versions_of_the_code_are_said_to_be_so(folder, capsys):
+    assert main(["table", str(folder), "--format", "markdown"]) == 0
+    assert "2 versions of the code: commit c1, torch 2; commit c2, torch 2" in capsys.readouterr().out
+
+
+def test_a_tournament_is_shown_as_it_was_declared_and_in_no_other_way(folder, capsys):
+    said = {"name": "t", "baseline": "base", "primary": "better", "tolerance": 0.01}
+    (folder / "declaration.json").write_text(json.dumps(said))
+    assert main(["table", str(folder), "--format", "markdown"]) == 0
+    out = capsys.readouterr().out
+    assert "better (primary)" in out
+    assert "mrpc, minilm; tournament t" in out
+    assert main(["table", str(folder), "--baseline", "better", "--primary", "base"]) == 1
+    assert capsys.readouterr().err == "--primary=base: the tournament declared better\n"
+    assert main(["table", str(folder), "--baseline", "better", "--format", "csv"]) == 0  # a look, no claim
+    assert "True" not in capsys.readouterr().out.splitlines()[1].split(",")[15:17]
 
 
 def test_an_empty_folder_is_one_line(tmp_path, capsys):

@@ -17,7 +17,7 @@ import yaml
 from benchmarks.allocation_table import allocations
 from benchmarks.allocation_table.allocations import Entry
 from heterolora.build import find_target
-from heterolora.farm import Cell, play
+from heterolora.farm import Cell, run_cells
 from heterolora.report.files import write_whole
 from heterolora.run import composer
 from heterolora.sites import Site
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(as_shard_row(entry_of[row["key"]], row))
             write_shards(found)
 
-    rows = play(list(cells(wanted)), given.folder, workers=given.workers, keep=False, on_row=on_row)
+    rows = run_cells(list(cells(wanted)), given.folder, workers=given.workers, keep=False, on_row=on_row)
     write_shards([as_shard_row(entry_of[row["key"]], row) for row in rows if row["state"] == "finished"])
     return 0 if all(row["state"] == "finished" for row in rows) else 1
 

@@ -31,6 +31,7 @@ from heterolora.report.files import write_text
 from heterolora.run import composer
 from heterolora.search import score_all
 from heterolora.space import survey
+from heterolora.tournament import merged
 from heterolora.training import versions
 
 _log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def complete(
     """
     folder.mkdir(exist_ok=True)
     with composer() as compose:
-        configs = {name: compose(_overrides(seeds[0], f"proxy={name}"))[0] for name in proxies}
+        configs = {name: compose(merged(SETTINGS, [f"seed={seeds[0]}", f"proxy={name}"]))[0] for name in proxies}
         for seed in seeds:
             missing = {
                 name: config for name, config in configs.items() if force or not _is_current(folder, name, seed, config)
@@ -103,18 +104,12 @@ def complete(
             _log.info("seed %d: scoring by %s", seed, ", ".join(missing))
             made = {"commit": code_version(), "versions": versions()}
             for space, guards in _by_space(missing):
-                found = _score(compose(_overrides(seed, *space))[0], guards)
+                found = _score(compose(merged(SETTINGS, [f"seed={seed}", *space]))[0], guards)
                 for name, guard in guards.items():
                     content = {"proxy": name, "seed": seed, **_identity(missing[name]), **made, "reason": guard.reason}
                     kept = {} if guard.reason else {site: _rounded(score) for site, score in found[name].items()}
                     write_text(place(folder, name, seed), _as_json({**content, "scores": kept}))
     return {name: {seed: read(place(folder, name, seed)) for seed in seeds} for name in proxies}
-
-
-def _overrides(seed: int, *others: str) -> list[str]:
-    replaced = {other.partition("=")[0] for other in others}
-    kept = [given for given in SETTINGS if given.partition("=")[0] not in replaced]
-    return [*kept, f"seed={seed}", *others]
 
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
