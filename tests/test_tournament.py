@@ -12,7 +12,7 @@ from heterolora.errors import SettingError
 from heterolora.results import ROWS, RowFile
 from heterolora.run import RunFailed, composer, train
 from heterolora.tournament import Tournament, forecast, merged
-from tests.jobs import TINY, prepare
+from tests.jobs import CONF, TINY, prepare
 
 EXPERIMENT = ("experiment=tournament_small", "trainer.accelerator=cpu")
 DECLARED = {
@@ -148,6 +148,19 @@ def test_values_that_no_run_could_use_are_refused_before_anything_is_declared():
         plan({"uniform": UNIFORM, "other": UNIFORM}, "trainer.threads=null")
     with pytest.raises(SettingError, match=r"probe\.std=-1"):
         plan({"uniform": UNIFORM, "other": [*UNIFORM, "probe.std=-1"]})
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_is_one_that_could_be_run(name):
+    """On MiniLM, of which only the config is read."""
+    with composer() as compose:
+        config, _ = compose([f"experiment={name}"])
+        tournament = build(config["tournament"], "tournament")
+        held = forecast(tournament, compose, [f"experiment={name}"])
+    assert {value for value in held.values() if value is not None} == {82_944}
+    assert tournament.control is not None
+    assert tournament.primary is not None
 
 
 # -- a whole one -------------------------------------------------------------------------------------------------------
