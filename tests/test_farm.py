@@ -150,6 +150,7 @@ def test_processes_that_would_fight_for_cores_are_refused(tmp_path):
         run_cells([one, one], tmp_path, workers=1, keep=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "terminated"])
 def test_a_process_that_is_ended_from_outside_loses_its_own_run_only(tmp_path, monkeypatch, how):
     trap = tmp_path / "trap"

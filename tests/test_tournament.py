@@ -270,7 +270,7 @@ class Broken(L.Callback):
             raise {"disk": OSError("no space"), "diverged": FloatingPointError("not finite")}[self.error]
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_a_rate_that_diverges_is_the_worst_and_a_trial_that_breaks_stops_the_choice(tmp_path):
     tuned = ("tournament.rates=[1e-3,2e-3]", "tournament.tuning_seeds=[7]", "tournament.control=null")
     for error in ("disk", "diverged"):
