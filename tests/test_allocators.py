@@ -101,12 +101,20 @@ ALLOCATORS = {
     "knapsack_reserved_exact": Entry(knapsack(RESERVED, exact=True), **PRICED, **SPENDS, limits=RESERVED),
     "fixed": Entry(lambda seed, file: Fixed(str(file), None)),
 }
-EVERY = pytest.mark.parametrize("entry", ALLOCATORS.values(), ids=ALLOCATORS.keys())
+
+
+def entries(chosen):
+    """Those with limits are no part of the quick tests."""
+    limited = {name for name, entry in chosen.items() if entry.limits}
+    shown = [pytest.param(e, id=n, marks=[pytest.mark.medium] if n in limited else []) for n, e in chosen.items()]
+    return pytest.mark.parametrize("entry", shown)
+
+
+EVERY = entries(ALLOCATORS)
 
 
 def those(promise: str):
-    chosen = {name: entry for name, entry in ALLOCATORS.items() if getattr(entry, promise)}
-    return pytest.mark.parametrize("entry", chosen.values(), ids=chosen.keys())
+    return entries({name: entry for name, entry in ALLOCATORS.items() if getattr(entry, promise)})
 
 
 @pytest.fixture(scope="module")
