@@ -292,7 +292,8 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
     except OSError as error:
         end("failed", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         if error.errno in _NO_PLACE:
-            raise RunFailed(f"{error.filename or folder}: {error.strerror}") from error
+            place = f" ({error.filename})" if error.filename else ""
+            raise RunFailed(f"{folder}: {error.strerror}{place}") from error
         raise
     except Exception as error:
         end("failed", error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())

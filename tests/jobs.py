@@ -1,5 +1,6 @@
 """Runs of train.py inside the test's process, on tiny models and few sentences."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -67,3 +68,10 @@ class StopAt(L.Callback):
     def on_train_epoch_start(self, trainer, pl_module):
         if trainer.current_epoch == self.epoch:
             raise RuntimeError("broken off by the test")
+
+
+class FullDisk(L.Callback):
+    """Fails as a write to a full disk does."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise OSError(errno.ENOSPC, "No space left on device")

@@ -436,3 +436,11 @@ def test_a_dry_run_plans_no_warmed_up_head_for_what_looks_at_inputs_alone(tmp_pa
         steps[proxy] = json.loads((tmp_path / proxy / "plan.json").read_text())["steps"]
     found = {proxy: (plan["head warm-up steps"], plan["batches scored"]) for proxy, plan in steps.items()}
     assert found == {"grad_norm": (2, 2), "eva": (0, 2), "synflow": (0, 0)}
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    with pytest.raises(RunFailed, match=r"/a: No space left on device$"):
+        train(prepare(folder, "+callbacks.full={_target_: tests.jobs.FullDisk}"))
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
