@@ -104,9 +104,9 @@ ALLOCATORS = {
 
 
 def entries(chosen):
-    """Those with limits are no part of the quick tests."""
-    limited = {name for name, entry in chosen.items() if entry.limits}
-    shown = [pytest.param(e, id=n, marks=[pytest.mark.medium] if n in limited else []) for n, e in chosen.items()]
+    """Those with limits, and those that spend exactly, are no part of the quick tests."""
+    long = {name for name, entry in chosen.items() if entry.limits or entry.spends}
+    shown = [pytest.param(e, id=n, marks=[pytest.mark.medium] if n in long else []) for n, e in chosen.items()]
     return pytest.mark.parametrize("entry", shown)
 
 
