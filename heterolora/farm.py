@@ -30,7 +30,7 @@ from heterolora.parts import config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
-from heterolora.results import ROWS, RowFile, method_hash
+from heterolora.results import ROWS, RowFile, method_hash, section_name
 from heterolora.shelf import Shelf
 from heterolora.training import run_training, without_nan
 
@@ -62,11 +62,6 @@ class Cell:
     choices: Mapping[str, Any]
     command: str
     held: tuple[int, int] | None
-
-    @property
-    def section(self) -> str:
-        """What it may be compared with: task and backbone."""
-        return f"{self.choices['task']}, {self.choices['model']}"
 
 
 def pending(cells: Sequence[Cell], folder: Path) -> list[Cell]:
@@ -203,7 +198,7 @@ def _outcomes(cells: Sequence[Cell], folder: Path, workers: int, keep: bool) -> 
 def _row(cell: Cell, outcome: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
     return {
         "key": cell.key,
-        "section": cell.section,
+        "section": section_name(cell.choices),
         "group": cell.group,
         "stage": cell.stage,
         "seed": cell.config["seed"],

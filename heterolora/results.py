@@ -257,7 +257,7 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
         names = group_names([(run.summary["choices"], run.config, run.overrides) for run in runs])
         for name, run in zip(names, runs, strict=True):
             summary, choices = run.summary, run.summary["choices"]
-            section, held = f"{choices['task']}, {choices['model']}", summary["parameters"]["held"]
+            section, held = section_name(choices), summary["parameters"]["held"]
             metrics, place = summary["metrics"], str(run.path)
             material = _material(summary["data"]["sha256"], summary["backbone"])
             code, steps = _code(None, summary["versions"]), summary["steps"]
@@ -265,6 +265,11 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
     except (KeyError, TypeError) as error:
         raise SettingError("DIR", [str(run.path) for run in runs][:1], f"a summary lacks {error}") from error
     return results
+
+
+def section_name(choices: Mapping[str, Any]) -> str:
+    """What a run is compared within, by its options: task and backbone."""
+    return f"{choices['task']}, {choices['model']}"
 
 
 def _material(data: str, backbone: str) -> str:

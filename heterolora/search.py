@@ -120,7 +120,7 @@ def search(
     scores: Mapping[str, Score] | None = None
     rule = allocator.gain_rule
     if rule is None:
-        gains = _no_gains(space.sites)
+        gains = no_gains(space.sites)
     else:
         scores = score(
             model, loss, batches, warmup, proxy=proxy, probe=probe, seed=seed, proxy_name=proxy_name, track=track
@@ -154,13 +154,13 @@ def rehearse(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel)
     """
     space, rule = model.space, allocator.gain_rule
     if rule is None:
-        gains = _no_gains(space.sites)
+        gains = no_gains(space.sites)
     else:
         gains = rule.gains({site.name: 1.0 for site in space.sites}, space.sites, space.groups)
     allocator.allocate(gains, model.family.cost(space.sites), budget, space.groups)
 
 
-def _no_gains(sites: Sequence[Site]) -> dict[str, list[float]]:
+def no_gains(sites: Sequence[Site]) -> dict[str, list[float]]:
     """For allocators that look at no scores: how much rank each site can hold."""
     return {site.name: [0.0] * min(site.in_features, site.out_features) for site in sites}
 

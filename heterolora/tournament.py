@@ -18,6 +18,7 @@ from heterolora.farm import Cell, processes, run_cells
 from heterolora.parts import make_parts, result_settings
 from heterolora.report.files import write_json
 from heterolora.results import ROWS, RowFile, check_controls
+from heterolora.search import no_gains
 from heterolora.space import survey
 from heterolora.tables import MOST_TOLERANCE
 
@@ -321,8 +322,8 @@ def _forecast(cell: Cell) -> tuple[int | None, int | None]:
     budget = made["budget"].resolve(space)
     if made["allocator"].gain_rule is not None:
         return (budget if isinstance(budget, int) else None), None
-    limits = {site.name: [0.0] * min(site.in_features, site.out_features) for site in space.sites}
-    spent = made["allocator"].allocate(limits, made["adapter"].cost(space.sites), budget, space.groups).spent
+    cost = made["adapter"].cost(space.sites)
+    spent = made["allocator"].allocate(no_gains(space.sites), cost, budget, space.groups).spent
     return (budget if isinstance(budget, int) else None), spent
 
 
