@@ -19,7 +19,7 @@ from heterolora.errors import SettingError
 from heterolora.lit import Optimizer
 from heterolora.proxies.base import Proxy
 from heterolora.report.loggers import RunLogger
-from heterolora.search import Probe
+from heterolora.scoring import Probe
 from heterolora.space import SearchSpace
 from heterolora.tasks.base import Task
 from heterolora.trainer import TrainerSettings

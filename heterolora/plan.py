@@ -12,7 +12,7 @@ from heterolora.data.module import TextData
 from heterolora.lit import LitAdapted
 from heterolora.proxies.base import Proxy
 from heterolora.report.memory import Kept, now_mib
-from heterolora.search import Probe, needs_head
+from heterolora.scoring import Probe, needs_head
 from heterolora.trainer import TrainerSettings
 
 

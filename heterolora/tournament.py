@@ -18,7 +18,7 @@ from heterolora.farm import Cell, processes, run_cells
 from heterolora.parts import make_parts, result_settings
 from heterolora.report.files import write_json
 from heterolora.results import ROWS, RowFile, check_controls
-from heterolora.search import no_gains
+from heterolora.scoring import no_gains
 from heterolora.space import survey
 from heterolora.tables import MOST_TOLERANCE
 

@@ -19,23 +19,21 @@ import yaml
 from safetensors.torch import save_file
 
 from heterolora import __version__
-from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
 from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
+from heterolora.findings import FILES, SITE_COLUMNS, Scores, site_rows, write_findings
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
 from heterolora.plan import planned
-from heterolora.proxies.base import total
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
-from heterolora.report.picture import draw_allocation
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
-from heterolora.search import SearchResult, check_budget, rehearse, search
+from heterolora.scoring import SearchResult, check_budget, rehearse, search
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
 from heterolora.tasks.base import Task
@@ -43,7 +41,6 @@ from heterolora.tasks.base import Task
 _log = logging.getLogger(__name__)
 
 _EARLIER = "metrics_earlier.csv"
-_SITE_COLUMNS = ("site", "kind", "role", "layer", "span", "in", "out", "score", "rank", "parameters")
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,10 @@ class _Run:
 
     # -- search -----------------------------------------------------------------------------------------------------
 
+    @property
+    def _proxy_name(self) -> str:
+        return str(self.parts.choices.get("proxy", type(self.parts.proxy).__name__))
+
     def _search(self, lit: LitAdapted, data: TextData, backbone: Backbone) -> SearchResult:
         parts = self.parts
         scored = self._scored
@@ -196,7 +197,7 @@ class _Run:
             budget=parts.budget,
             probe=parts.probe,
             seed=parts.seed,
-            proxy_name=str(parts.choices.get("proxy", type(parts.proxy).__name__)),
+            proxy_name=self._proxy_name,
             track=track,
         )
         provenance = {
@@ -221,34 +222,20 @@ class _Run:
 
     def _found(self, result: SearchResult, space: Space) -> None:
         """Write down what was found, before training starts."""
-        allocation, scores = result.allocation, result.scores
         self._write_config()
-        write_json(self.folder / "sites.json", [site.as_dict() for site in space.sites])
-        write_json(self.folder / "allocation.json", allocation.as_dict())
-        rows = site_rows(space, result, self.parts.adapter)
-        table = pd.DataFrame(rows, columns=list(_SITE_COLUMNS))
-        write_whole(self.folder / "sites.csv", partial(table.to_csv, index=False))
-        if scores is not None:
-            write_json(
-                self.folder / "scores.json",
-                {
-                    "proxy": self.parts.choices.get("proxy"),
-                    "scores": {
-                        name: value if isinstance(value, float) else list(value) for name, value in scores.items()
-                    },
-                    "rows": self._scored_rows,
-                },
-            )
-        picture = self.folder / "allocation.png"
-        draw_allocation(space, allocation, self._title(), picture)
-        self.parts.logger.log_allocation(_SITE_COLUMNS, rows, picture)
+        allocation, family, scores = result.allocation, self.parts.adapter, None
+        if result.scores is not None:
+            scores = Scores(self._proxy_name, {self._proxy_name: result.scores}, self._scored_rows)
+        write_findings(self.folder, space, scores, allocation, family, self._title())
+        rows = site_rows(space, scores, allocation, family)
+        self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
         _log.info("allocated %s parameters to %d of %d sites", spent, len(allocation.active), len(space.sites))
 
     def _adopt(self, resume: Resume) -> None:
         """Take over what the earlier run's search wrote, and its curves up to the checkpoint."""
         self._write_config()
-        for name in ("sites.json", "sites.csv", "scores.json", "allocation.json", "allocation.png"):
+        for name in FILES:
             if (resume.run / name).exists():
                 write_whole(self.folder / name, partial(shutil.copyfile, resume.run / name))
 
@@ -389,27 +376,6 @@ def without_nan(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[st
         split: {name: None if math.isnan(value) else value for name, value in values.items()}
         for split, values in metrics.items()
     }
-
-
-def site_rows(space: Space, result: SearchResult, family: AdapterFamily) -> list[list[Any]]:
-    """One row a site: what it is, its score (summed over units of rank), its rank and what that costs."""
-    ranks, scores = result.allocation.ranks, result.scores
-    cost = family.cost(space.sites)
-    return [
-        [
-            site.name,
-            site.kind,
-            site.role,
-            site.layer,
-            site.span,
-            site.in_features,
-            site.out_features,
-            None if scores is None else float(total(scores[site.name])),
-            ranks[site.name],
-            cost({site.name: ranks[site.name]}),
-        ]
-        for site in space.sites
-    ]
 
 
 def versions() -> dict[str, str]:

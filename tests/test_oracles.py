@@ -21,7 +21,7 @@ from heterolora.model import AdaptedModel
 from heterolora.proxies.evidence import Bench, Evidence, FactorGradients, gather
 from heterolora.proxies.grad_norm import GradNorm
 from heterolora.proxies.snip import Snip
-from heterolora.search import untracked
+from heterolora.scoring import untracked
 from heterolora.space import SearchSpace, survey
 
 FOLDER = Path(os.environ.get("HETEROLORA_ORACLES") or Path(__file__).parents[2] / "shared" / "oracles")
@@ -206,7 +206,7 @@ def test_selections_at_a_quarter(case, state, proxy, mode):
 
 def test_the_search_itself_gives_these_scores_when_it_probes_live_and_sums(case, monkeypatch):
     """The settings of the config (``probe.live``, ``probe.reduction``) reach the pass."""
-    from heterolora.search import Probe, score
+    from heterolora.scoring import Probe, score
 
     expected, _ = scores(case, "rand", GradNorm())
     model = case.model(False, "rand")

@@ -23,7 +23,7 @@ from heterolora.proxies.grad_norm import GradNorm
 from heterolora.proxies.plop import Plop
 from heterolora.proxies.snip import Snip
 from heterolora.proxies.spectral import Spectral, WhitenedSpectral, inverse_root, squared_singular_values
-from heterolora.search import Probe, score, score_all, untracked
+from heterolora.scoring import Probe, score, score_all, untracked
 from tests.architectures import KINDS, SINGLE, make_backbone, make_batch, make_config, shown
 from tests.conftest import adapt, some_sites
 

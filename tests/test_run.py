@@ -315,7 +315,7 @@ def test_wandb_writes_a_run_without_an_account(tmp_path, monkeypatch):
 
 def test_a_proxy_from_outside_the_project(tmp_path):
     summary = run_job(tmp_path / "a", "proxy._target_=tests.test_run.ByLayer", "trainer.max_steps=2")
-    scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]
+    scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]["spectral"]
     assert scores["1.q"] == 2.0
     assert summary["parameters"]["held"] > 0
 

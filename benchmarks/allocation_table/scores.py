@@ -29,7 +29,7 @@ from heterolora.proxies.evidence import Evidence, Statistic
 from heterolora.quiet import quieten
 from heterolora.report.files import write_text
 from heterolora.run import composer
-from heterolora.search import score_all
+from heterolora.scoring import score_all
 from heterolora.space import survey
 from heterolora.tournament import merged
 from heterolora.training import versions

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import lightning as L
 
 from heterolora.lit import LitAdapted
-from heterolora.search import SearchResult
+from heterolora.scoring import SearchResult
 
 
 class AllocateRanks(L.Callback):

@@ -13,7 +13,7 @@ from heterolora.budget import Fraction, Params, UniformRank
 from heterolora.errors import SettingError
 from heterolora.proxies.grad_norm import GradNorm
 from heterolora.proxies.spectral import Spectral
-from heterolora.search import search
+from heterolora.scoring import search
 from tests.architectures import make_backbone, make_batch
 from tests.conftest import adapt, randomise, some_sites
 from tests.test_proxies import loss, probe
