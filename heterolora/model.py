@@ -455,6 +455,7 @@ class AdaptedModel(nn.Module):
         def tell(gradient: torch.Tensor) -> None:
             for site, source in sources:
                 observer(site, source, gradient)
+            sources.clear()  # this closure lives as long as the graph, which outlives what the graph itself has saved
 
         if zero.requires_grad:  # not under no_grad
             zero.register_hook(tell)  # type: ignore[no-untyped-call]

@@ -5,9 +5,10 @@ It leaves no trace: model, head, gradients, modes and random state are exactly a
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from typing import Any, Literal
 
@@ -19,8 +20,20 @@ from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights
-from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Statistic, Track, gather
+from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Statistic, Track, Values, gather
+from heterolora.report.memory import Kept
+from heterolora.resampling import BatchValues, Resampled, Resampling, can_be_resampled, resampled_scores
+from heterolora.scratch import ScratchValues
 from heterolora.sites import Site
+
+_FEW = 2**18
+"""Numbers that are not worth a look at what a training step needs."""
+
+_WORK = 3
+"""Matrices of the size of one site's values that its score may need meanwhile: copies, eigenvectors."""
+
+_SLACK = 1.05
+"""Memory that scoring may take, as a share of a training step's; half of what is promised, for what is not counted."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +192,25 @@ def score(
 ) -> Mapping[str, Score]:
     """Scores of all sites of the model's space; see ``search``."""
     name = proxy_name or type(proxy).__name__.lower()
-    return score_all(model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track)[name]
+    found = score_all(model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track)
+    return found.scores[name]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by several proxies.
+
+    Attributes:
+        scores: proxy -> site -> score.
+        resampled: proxy -> scores of all batches, and of each resample; of those proxies that can be resampled.
+        scratch: whether values were held on disk.
+        seconds: proxy -> what it took beside the one.
+    """
+
+    scores: dict[str, Mapping[str, Score]]
+    resampled: Mapping[str, Resampled]
+    scratch: bool
+    seconds: Mapping[str, float]
 
 
 def score_all(
@@ -192,8 +223,30 @@ def score_all(
     probe: Probe,
     seed: int,
     track: Track = untracked,
-) -> dict[str, Mapping[str, Score]]:
-    """Scores by several proxies, from one pass over the batches for all that share it; see ``search``."""
+    resampling: Resampling | None = None,
+    numbers: int | None = None,
+) -> Scored:
+    """Scores by several proxies, from one pass over the batches for all that share it; see ``search``.
+
+    What is held beside the model stays within what a training step on the largest batch would need: where the values
+    that proxies score from are more, they are summed in a scratch file, and scored a few sites at a time.
+
+    Args:
+        model: the adapted model.
+        loss: scalar loss of the model on a batch.
+        batches: what is scored, on the model's device.
+        warmup: batches for the head's warm-up, repeated as often as needed.
+        proxies: name -> proxy.
+        probe: how proxies look.
+        seed: for random factors and proxies that draw.
+        track: shows progress.
+        resampling: score again from resampled batches; None: do not.
+        numbers: how many numbers may be held for the sites; None: as many as a training step leaves room for.
+
+    Raises:
+        DegenerateScores: if the scores of a proxy rank nothing.
+        SettingError: if a proxy cannot score this space.
+    """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("scoring needs gradients: leave torch.inference_mode() first")
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: a pass is not worth a compilation
@@ -201,25 +254,124 @@ def score_all(
     for name, proxy in proxies.items():
         if getattr(proxy, "needs_weights", False):
             check_weights(name, [site.name for site in sites if model.frozen_weight(site.name) is None])
-    statistics = tuple(statistic for proxy in proxies.values() for statistic in proxy.statistics)
-    found = {}
     with untouched(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         adapters = _probe_adapters(model, probe, seed)
         bench = Bench(model, batches, loss, probe.live, probe.reduction, track)
-        gathered: Mapping[Any, Any] = {}
-        if statistics:
+        one = _Pass(bench, adapters, proxies, seed, resampling)
+        if one.statistics:
             if not batches:
                 needing = [name for name, proxy in proxies.items() if proxy.statistics]
                 raise SettingError("probe.batches", 0, f"proxy={','.join(needing)} needs batches to score")
-            if needs_head(statistics):
+            if needs_head(one.statistics):
                 _warm_up_head(model, loss, warmup, probe, track)
-            gathered = gather(bench, adapters, statistics)
-        evidence = Evidence(sites, adapters, gathered, model.space.families, bench, seed)
+            one.run(numbers)
+        return one.scored()
+
+
+class _Pass:
+    """The pass that several proxies need, and what it leaves."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        adapters: Mapping[str, Any],
+        proxies: Mapping[str, Proxy],
+        seed: int,
+        resampling: Resampling | None,
+    ) -> None:
+        self.bench = bench
+        self.adapters = adapters
+        self.proxies = proxies
+        self.seed = seed
+        self.resampling = resampling
+        self.sites = bench.model.space.sites
+        self.scratch = False
+        self.found: dict[str, dict[str, Score]] = {name: {} for name in proxies}
+        self.resampled: dict[str, Resampled] = {}
+        self.seconds = dict.fromkeys(proxies, 0.0)
+        self._local = {n: p for n, p in proxies.items() if getattr(p, "local", False) and p.statistics}
+        self._kept: dict[Statistic, Mapping[str, Values]] = {
+            s: {} for n, p in proxies.items() if n not in self._local for s in p.statistics
+        }
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Of all proxies, each once."""
+        return tuple(dict.fromkeys(statistic for proxy in self.proxies.values() for statistic in proxy.statistics))
+
+    def run(self, numbers: int | None) -> None:
+        """Gather, and score what can be scored site by site."""
+        again = {}
+        if self.resampling is not None:
+            again = {name: proxy for name, proxy in self._local.items() if can_be_resampled(proxy)}
+        parts = self._parts(numbers)
+        self.scratch = len(parts) > 1
+        with ExitStack() as exits:
+            collector = None
+            if again and self.resampling is not None:
+                wanted = dict.fromkeys(statistic for proxy in again.values() for statistic in proxy.statistics)
+                collector = exits.enter_context(BatchValues(tuple(wanted), self.seed))
+            hold = partial(self._hold, exits)
+            held = gather(self.bench, self.adapters, self.statistics, collector, hold)
+            for sites in parts:
+                some = {s: {site.name: values[site.name] for site in sites} for s, values in held.items()}
+                self._score(self._local, sites, some)
+            for statistic in self._kept:
+                self._kept[statistic] = held[statistic]
+            if collector is not None and self.resampling is not None:
+                families = self.bench.model.space.families
+                self.resampled = resampled_scores(
+                    collector, again, self.sites, self.adapters, families, self.bench, self.resampling
+                )
+
+    def _hold(self, exits: ExitStack, statistic: Statistic) -> MutableMapping[str, Values]:
+        """On disk, if there is no room, what only is looked at a few sites at a time."""
+        large = any(statistic.numbers(site) for site in self.sites)
+        if self.scratch and large and statistic not in self._kept:
+            return exits.enter_context(ScratchValues())
+        return {}
+
+    def scored(self) -> Scored:
+        """Score what sees all sites at once, and check everything."""
+        others = {name: proxy for name, proxy in self.proxies.items() if name not in self._local}
+        self._score(others, self.sites, self._kept)
+        for name, proxy in self.proxies.items():
+            check_scores(name, proxy, self.found[name], [site.name for site in self.sites])
+        return Scored(dict(self.found), self.resampled, self.scratch, self.seconds)
+
+    def _score(self, proxies: Mapping[str, Proxy], sites: Sequence[Site], gathered: Mapping[Any, Any]) -> None:
+        families = self.bench.model.space.families
+        evidence = Evidence(sites, self.adapters, gathered, families, self.bench, self.seed)
         for name, proxy in proxies.items():
-            model.eval()
-            found[name] = proxy.score(evidence)
-            check_scores(name, proxy, found[name], [site.name for site in sites])
-    return found
+            start = time.perf_counter()
+            self.bench.model.eval()
+            self.found[name].update(proxy.score(evidence))
+            self.seconds[name] += time.perf_counter() - start
+
+    def _parts(self, numbers: int | None) -> list[Sequence[Site]]:
+        """All sites together if there is room for their values, and for what is computed of one of them; or each alone."""
+        sizes = [sum(s.numbers(site) for s in self.statistics if s not in self._kept) for site in self.sites]
+        whole = sum(sizes) + _WORK * max(sizes)
+        if numbers is None:
+            numbers = whole if whole <= _FEW else self._room()
+        return [tuple(self.sites)] if whole <= numbers else [(site,) for site in self.sites]
+
+    def _room(self) -> int:
+        """Numbers for which a training step with an adapter at every site has room, on the largest batch."""
+        model = self.bench.model
+        batch = max(self.bench.batches, key=lambda batch: sum(value.numel() for value in batch.values()))
+        mib = []
+        with model.swapped(self.adapters):
+            for training in (True, False):
+                model.train(training)
+                counter = Kept()
+                with counter.counting([*model.parameters(), *model.buffers()]):
+                    self.bench.loss(model, batch)
+                mib.append(counter.mib)
+        step, kept = mib
+        if not needs_head(self.statistics):  # no backward, so that nothing is kept for it
+            kept = 0.0
+        return int(max(_SLACK * step - kept, 0.0) * 2**20 / next(iter(self.adapters.values())).A.element_size())
 
 
 def needs_head(statistics: Iterable[Statistic]) -> bool:

@@ -205,7 +205,7 @@ def _score(config: Mapping[str, Any], guards: Mapping[str, _Guard]) -> dict[str,
             probe=probe,
             seed=seed,
             track=track,
-        )
+        ).scores
     finally:
         torch.set_num_threads(threads)
 

@@ -10,6 +10,7 @@ class SquaredInputs(Statistic):
     """``sum ||x||^2`` and the number of real tokens."""
 
     needs_gradient = False
+    by_batch = "exact"
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens."""
@@ -24,6 +25,7 @@ class Activation:
     """Root mean square of an entry of the source, over real tokens: a cheap control, from forward passes alone."""
 
     control = False
+    local = True
     remedy = "the sources are all zero"
 
     @property

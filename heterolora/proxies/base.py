@@ -20,6 +20,10 @@ class Proxy(Protocol):
         control: the proxy is allowed to give equal scores everywhere.
         remedy: the setting that would help if it does so although it should not.
 
+    A proxy whose score of a site follows from what was gathered there, and from nothing else, says so with
+    ``local = True``: its sites may be scored a few at a time (so that large values are never held for all of them), and
+    again from resampled batches. Any other sees all sites at once.
+
     A proxy that scores frozen weights says so with ``needs_weights = True``, and is refused before the pass in a space
     with sites where none acts.
     """
@@ -69,6 +73,11 @@ def check_weights(proxy: str, without: Sequence[str]) -> None:
 def total(score: Score) -> float:
     """A site's score as one number: the sum over its units of rank."""
     return math.fsum(score) if isinstance(score, Sequence) else score
+
+
+def leading(score: Score, units: int) -> float:
+    """A site's score as one number: the sum over the first units of rank, which are all that it may be granted."""
+    return math.fsum(score[:units]) if isinstance(score, Sequence) else score
 
 
 def check_scores(name: str, proxy: Proxy, scores: Mapping[str, Score], sites: Sequence[str]) -> None:

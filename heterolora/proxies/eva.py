@@ -22,6 +22,7 @@ class Eva:
     center: bool
 
     control = False
+    local = True
     remedy = "the sources do not vary: check probe.batches"
 
     @property

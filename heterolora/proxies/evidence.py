@@ -5,7 +5,7 @@ would be added at the site (for a LoRA site: the gradient of its frozen weight).
 adapter or without, and everything first-order follows from it: ``g_B = scale G A^T``, ``g_A = scale B^T G``.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias
@@ -22,6 +22,8 @@ Loss: TypeAlias = Callable[[AdaptedModel, Batch], torch.Tensor]
 """A scalar loss of a model on a batch."""
 
 Values: TypeAlias = tuple[torch.Tensor, ...]
+
+ByBatch: TypeAlias = Literal["exact", "projected", "never"]
 
 
 class Track(Protocol):
@@ -62,12 +64,19 @@ class Statistic(Protocol):
 
     Attributes:
         needs_gradient: whether a forward pass alone would not do.
+        by_batch: whether the values of each single batch can be kept: ``exact``, since they are few; ``projected``: of
+            sources and gradients that were projected to few dimensions; or ``never``.
     """
 
     needs_gradient: bool = True
+    by_batch: ByBatch = "never"
 
     def observe(self, seen: Observation) -> Values | None:
         """One call's contribution, summed over the calls of a batch; None: this call has none."""
+
+    def numbers(self, site: Site) -> int:
+        """How many numbers are held for a site over the whole pass; here: too few to count."""
+        return 0
 
     def settle(self, values: Values) -> Values:
         """What a batch contributes, from the sum over its calls; here: that sum."""
@@ -77,6 +86,8 @@ class Statistic(Protocol):
 @dataclass(frozen=True)
 class FactorGradients(Statistic):
     """``g_A`` ``[rank, in]`` and ``g_B`` ``[out, rank]`` of the adapter that stands, or would stand, at the site."""
+
+    by_batch = "exact"
 
     def observe(self, seen: Observation) -> Values:
         """``scale B^T G`` and ``scale G A^T`` without forming G."""
@@ -88,6 +99,8 @@ class FactorGradients(Statistic):
 @dataclass(frozen=True)
 class SquaredFactorGradients(Statistic):
     """The squares of each batch's ``g_A`` and ``g_B``, entry by entry."""
+
+    by_batch = "exact"
 
     def observe(self, seen: Observation) -> Values:
         """The gradients; a batch's are complete only after all calls."""
@@ -102,14 +115,22 @@ class SquaredFactorGradients(Statistic):
 class MapGradient(Statistic):
     """G itself, ``[out, in]``."""
 
+    by_batch = "projected"
+
     def observe(self, seen: Observation) -> Values:
         """The call's G."""
         return (seen.flow.T @ seen.source,)
+
+    def numbers(self, site: Site) -> int:
+        """A matrix."""
+        return site.out_features * site.in_features
 
 
 @dataclass(frozen=True)
 class TokenMapGradient(Statistic):
     """The part of G that comes from real tokens, ``[out, in]``: what moments over tokens can be set against."""
+
+    by_batch = "projected"
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens."""
@@ -117,12 +138,17 @@ class TokenMapGradient(Statistic):
             return None
         return (seen.flow[seen.real].T @ seen.source[seen.real],)
 
+    def numbers(self, site: Site) -> int:
+        """A matrix."""
+        return site.out_features * site.in_features
+
 
 @dataclass(frozen=True)
 class InputMoments(Statistic):
     """``sum x x^T`` ``[in, in]``, ``sum x`` ``[in]`` and the number of tokens, over real tokens, in float64."""
 
     needs_gradient = False
+    by_batch = "projected"
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens."""
@@ -131,10 +157,16 @@ class InputMoments(Statistic):
         x = seen.source[seen.real].double()
         return x.T @ x, x.sum(0), x.new_tensor([len(x)])
 
+    def numbers(self, site: Site) -> int:
+        """A matrix, in numbers of twice the size."""
+        return 2 * site.in_features**2
+
 
 @dataclass(frozen=True)
 class GradientMoment(Statistic):
     """``sum d d^T`` ``[out, out]`` over the gradients at the sink at real tokens, in float64."""
+
+    by_batch = "projected"
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens."""
@@ -142,6 +174,10 @@ class GradientMoment(Statistic):
             return None
         gradient = seen.flow[seen.real].double()
         return (gradient.T @ gradient,)
+
+    def numbers(self, site: Site) -> int:
+        """A matrix, in numbers of twice the size."""
+        return 2 * site.out_features**2
 
 
 @dataclass(frozen=True)
@@ -206,9 +242,23 @@ class Evidence:
         return self.bench.model.frozen_weight(name)
 
 
+class Collector(Protocol):
+    """Looks over the shoulder of a pass."""
+
+    def observe(self, site: Site, seen: Observation) -> None:
+        """One call of one site."""
+
+    def end_batch(self) -> None:
+        """All calls of a batch were shown."""
+
+
 def gather(
-    bench: Bench, adapters: Mapping[str, Any], statistics: Iterable[Statistic]
-) -> dict[Statistic, dict[str, Values]]:
+    bench: Bench,
+    adapters: Mapping[str, Any],
+    statistics: Iterable[Statistic],
+    collector: Collector | None = None,
+    hold: Callable[[Statistic], MutableMapping[str, Values]] = lambda statistic: {},
+) -> dict[Statistic, MutableMapping[str, Values]]:
     """Run the pass: one forward for each batch, and one backward if any statistic needs it, in evaluation mode.
 
     It leaves no gradient behind.
@@ -217,15 +267,19 @@ def gather(
         bench: model, batches and loss.
         adapters: the probe's factors, by site name; these sites are observed.
         statistics: what to gather.
+        collector: is shown everything that is observed.
+        hold: where the values of a statistic are held.
 
     Raises:
         FloatingPointError: if the loss is not finite.
     """
     wanted = tuple(dict.fromkeys(statistics))
     backward = any(statistic.needs_gradient for statistic in wanted)
-    sums: dict[Statistic, dict[str, Values]] = {statistic: {} for statistic in wanted}
+    sums: dict[Statistic, MutableMapping[str, Values]] = {statistic: hold(statistic) for statistic in wanted}
     # A second copy of the values is held only where a batch's are not just added to the others'.
-    unsettled: dict[Statistic, dict[str, Values]] = {s: {} for s in wanted if type(s).settle is not Statistic.settle}
+    unsettled: dict[Statistic, MutableMapping[str, Values]] = {
+        s: {} for s in wanted if type(s).settle is not Statistic.settle
+    }
     tokens: torch.Tensor | None = None
 
     def observe(site: Site, source: torch.Tensor, gradient: torch.Tensor | None) -> None:
@@ -240,7 +294,9 @@ def gather(
         )
         for statistic in wanted:
             if (values := statistic.observe(seen)) is not None:
-                _add((unsettled if statistic in unsettled else sums)[statistic], site.name, values)
+                add((unsettled if statistic in unsettled else sums)[statistic], site.name, values)
+        if collector is not None:
+            collector.observe(site, seen)
 
     def run() -> None:
         nonlocal tokens
@@ -251,10 +307,9 @@ def gather(
                     value = bench.checked_loss(number, batch)
                 if backward:
                     torch.autograd.grad(value, zero)
-                for statistic, found in unsettled.items():
-                    for name, values in found.items():
-                        _add(sums[statistic], name, statistic.settle(values))
-                    found.clear()
+                _settle(unsettled, sums)
+                if collector is not None:
+                    collector.end_batch()
 
     model = bench.model
     was_training = model.training
@@ -268,9 +323,24 @@ def gather(
     finally:
         model.train(was_training)
     _check_all_seen(sums, adapters)
-    for part in (part for values in sums.values() for parts in values.values() for part in parts):
-        part *= bench.share
+    _scale(sums, bench.share)
     return sums
+
+
+def _settle(
+    unsettled: Mapping[Statistic, MutableMapping[str, Values]], sums: Mapping[Statistic, MutableMapping[str, Values]]
+) -> None:
+    """What a batch has come to joins the others."""
+    for statistic, found in unsettled.items():
+        for name, values in found.items():
+            add(sums[statistic], name, statistic.settle(values))
+        found.clear()
+
+
+def _scale(sums: Mapping[Statistic, MutableMapping[str, Values]], share: float) -> None:
+    for values in sums.values():
+        for name in list(values):
+            values[name] = tuple(part.mul_(share) for part in values[name])
 
 
 def _check_all_seen(sums: Mapping[Statistic, Mapping[str, Values]], names: Iterable[str]) -> None:
@@ -301,9 +371,8 @@ def _real_rows(source: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tenso
     return None
 
 
-def _add(sums: dict[str, Values], name: str, new: Values) -> None:
-    if name not in sums:
-        sums[name] = new
-        return
-    for held, part in zip(sums[name], new, strict=True):
-        held += part
+def add(sums: MutableMapping[str, Values], name: str, new: Values) -> None:
+    """Add to what is held, in place; what comes first is kept as it is, and may be written to."""
+    if name in sums:
+        new = tuple(held.add_(part) for held, part in zip(sums[name], new, strict=True))
+    sums[name] = new

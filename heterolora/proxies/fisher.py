@@ -11,6 +11,7 @@ class Fisher:
     """``sum over batches of sum(g o g)`` over A and B (arXiv 1906.04113, 2101.08134), the batch as the sample."""
 
     control = False
+    local = True
     remedy = NO_GRADIENT
 
     @property

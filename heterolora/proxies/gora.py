@@ -11,6 +11,7 @@ class Gora:
     """``mean |W o G|`` of the frozen weight and its gradient; for sites where a frozen weight acts."""
 
     control = False
+    local = True
     remedy = NO_GRADIENT
     needs_weights = True
 

@@ -11,6 +11,7 @@ class GradNorm:
     """``||g_A|| + ||g_B||``, Frobenius norms of the summed gradient (HeteroLoRA, arXiv 2406.14956, section 3)."""
 
     control = False
+    local = True
     remedy = NO_GRADIENT
 
     @property

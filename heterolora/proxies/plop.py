@@ -12,6 +12,7 @@ class FeatureNorms(Statistic):
     """``sum ||W z||`` over real tokens, z the input scaled to norm 1, and their number."""
 
     needs_gradient = False
+    by_batch = "exact"
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens, and nothing where no frozen weight acts."""
@@ -46,6 +47,11 @@ class Plop:
         "are all 0 there is no score (search_space.exclude)"
     )
     needs_weights = True
+
+    @property
+    def local(self) -> bool:
+        """An average is not."""
+        return not self.average
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:

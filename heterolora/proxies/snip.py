@@ -10,6 +10,7 @@ class Snip:
     """``sum |A o g_A| + sum |B o g_B|`` of the summed gradient; 0 everywhere if B = 0, so it needs random factors."""
 
     control = False
+    local = True
     remedy = "with B = 0 every |weight * gradient| is 0: use probe.init=random"
 
     @property

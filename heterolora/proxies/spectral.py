@@ -27,6 +27,7 @@ class Spectral:
     """
 
     control = False
+    local = True
     remedy = NO_GRADIENT
 
     @property
@@ -60,6 +61,7 @@ class WhitenedSpectral:
     damping: float
 
     control = False
+    local = True
     remedy = NO_GRADIENT
 
     def __post_init__(self) -> None:

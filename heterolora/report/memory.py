@@ -66,7 +66,7 @@ class Kept:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in there:
                 self._sizes[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return tensor.detach()  # a node that kept its own output would keep itself alive for ever
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             yield
