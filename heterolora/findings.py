@@ -34,17 +34,20 @@ class Scores:
         proxy: the proxy that the allocation was made with.
         scores: proxy -> site -> one number, or one for each unit of rank, largest first.
         rows: which training examples were looked at, batch by batch.
+        backbone: fingerprint of its weights; None: not known.
     """
 
     proxy: str
     scores: Mapping[str, Mapping[str, Score]]
     rows: Sequence[Sequence[int]]
+    backbone: str | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "format": FORMAT,
             "proxy": self.proxy,
+            "backbone": self.backbone,
             "scores": {
                 proxy: {name: list(value) if isinstance(value, Sequence) else value for name, value in found.items()}
                 for proxy, found in self.scores.items()
@@ -72,7 +75,7 @@ def read_scores(path: Path, setting: str) -> Scores:
         raise SettingError(setting, path, f"holds no scores of format {FORMAT} (its format: {found})")
     try:
         scores = {proxy: {site: _score(value) for site, value in of.items()} for proxy, of in content["scores"].items()}
-        return Scores(content["proxy"], scores, content["rows"])
+        return Scores(content["proxy"], scores, content["rows"], content["backbone"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SettingError(setting, path, f"its scores are damaged ({type(error).__name__}: {error})") from error
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator, parameters_only
 from heterolora.budget import Budget, SiteCount
@@ -25,6 +26,7 @@ from heterolora.report.memory import Kept
 from heterolora.resampling import BatchValues, Resampled, Resampling, can_be_resampled, resampled_scores
 from heterolora.scratch import ScratchValues
 from heterolora.sites import Site
+from heterolora.space import Space
 
 _FEW = 2**18
 """Numbers that are not worth a look at what a training step needs."""
@@ -128,49 +130,63 @@ def search(
     start = time.perf_counter()
     space = model.space
     resolved = budget.resolve(space)
-    check_budget(allocator, resolved, model)
-    rehearse(allocator, resolved, model)
+    check_budget(allocator, resolved, space, model.family)
+    rehearse(allocator, resolved, space, model.family)
     scores: Mapping[str, Score] | None = None
-    rule = allocator.gain_rule
-    if rule is None:
-        gains = no_gains(space.sites)
-    else:
+    if allocator.gain_rule is not None:
         scores = score(
             model, loss, batches, warmup, proxy=proxy, probe=probe, seed=seed, proxy_name=proxy_name, track=track
         )
-        gains = rule.gains(scores, space.sites, space.groups)
-    allocation = allocator.allocate(gains, model.family.cost(space.sites), resolved, space.groups)
-    if not allocation.active:
-        raise SettingError("budget", resolved, "pays for no adapter at any site; give more")
+    allocation = allocate(allocator, scores, resolved, space, model.family)
     return SearchResult(scores, allocation, time.perf_counter() - start)
 
 
-def check_budget(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
+def allocate(
+    allocator: Allocator,
+    scores: Mapping[str, Score] | None,
+    budget: int | SiteCount,
+    space: Space,
+    family: AdapterFamily,
+) -> Allocation:
+    """Ranks from scores, which an allocator that looks at none does not need.
+
+    Raises:
+        SettingError: if the allocator refuses, or no site gets any rank.
+    """
+    rule = allocator.gain_rule
+    gains = rule.gains(scores, space.sites, space.groups) if rule and scores else no_gains(space.sites)
+    allocation = allocator.allocate(gains, family.cost(space.sites), budget, space.groups)
+    if not allocation.active:
+        raise SettingError("budget", budget, "pays for no adapter at any site; give more")
+    return allocation
+
+
+def check_budget(allocator: Allocator, budget: int | SiteCount, space: Space, family: AdapterFamily) -> None:
     """Refuse before scoring what would be refused after it.
 
     Raises:
         SettingError: if the budget buys nothing, or the allocator cannot read it.
     """
-    cost = model.family.cost(model.space.sites)
-    cheapest = min(cost({site.name: 1}) for site in model.space.sites)
+    cost = family.cost(space.sites)
+    cheapest = min(cost({site.name: 1}) for site in space.sites)
     if isinstance(budget, int) and budget < cheapest:
         raise SettingError("budget", budget, f"one unit of rank at the cheapest site costs {cheapest}")
     if not allocator.counts_sites:
         parameters_only(budget, type(allocator).__name__.lower())
 
 
-def rehearse(allocator: Allocator, budget: int | SiteCount, model: AdaptedModel) -> None:
+def rehearse(allocator: Allocator, budget: int | SiteCount, space: Space, family: AdapterFamily) -> None:
     """Allocate by equal scores, so that what the allocator cannot keep to is refused before anything is computed.
 
     Raises:
         SettingError: what the allocator refuses.
     """
-    space, rule = model.space, allocator.gain_rule
+    rule = allocator.gain_rule
     if rule is None:
         gains = no_gains(space.sites)
     else:
         gains = rule.gains({site.name: 1.0 for site in space.sites}, space.sites, space.groups)
-    allocator.allocate(gains, model.family.cost(space.sites), budget, space.groups)
+    allocator.allocate(gains, family.cost(space.sites), budget, space.groups)
 
 
 def no_gains(sites: Sequence[Site]) -> dict[str, list[float]]:
@@ -349,7 +365,7 @@ class _Pass:
             self.seconds[name] += time.perf_counter() - start
 
     def _parts(self, numbers: int | None) -> list[Sequence[Site]]:
-        """All sites together if there is room for their values, and for what is computed of one of them; or each alone."""
+        """All sites together if there is room for that, and for what is computed of one of them; or each alone."""
         sizes = [sum(s.numbers(site) for s in self.statistics if s not in self._kept) for site in self.sites]
         whole = sum(sizes) + _WORK * max(sizes)
         if numbers is None:

@@ -185,7 +185,7 @@ def rank_correlation(
         raise SettingError("resamples", resamples, "a whole number of at least 1")
     first = _finite("x", x)
     second = _as_long("y", y, first.size)
-    value = _correlation(first, second, kind)
+    value = correlation(first, second, kind)
     if math.isnan(value):
         return Estimate(math.nan, math.nan, math.nan, first.size)
     draws = np.random.default_rng(seed).integers(0, first.size, (resamples, first.size))
@@ -196,8 +196,8 @@ def rank_correlation(
     return Estimate(value, low, high, first.size)
 
 
-def _correlation(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], kind: RankCorrelation) -> float:
-    """NaN where one is constant, for which scipy would warn."""
+def correlation(x: Vector, y: Vector, kind: RankCorrelation) -> float:
+    """Spearman's rho or Kendall's tau-b of two rankings of the same items; NaN where one is constant."""
     if x.size == 0 or np.all(x == x[0]) or np.all(y == y[0]):
         return math.nan
     return float(_RANK_CORRELATIONS[kind](x, y).statistic)

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from heterolora import __version__
 from heterolora.allocation import Allocation
 from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
@@ -29,6 +27,7 @@ from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
 from heterolora.plan import planned
+from heterolora.provenance import provenance, versions
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.plan import print_plan
@@ -122,8 +121,8 @@ class _Run:
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
         budget = parts.budget.resolve(space)
-        check_budget(parts.allocator, budget, model)
-        rehearse(parts.allocator, budget, model)
+        check_budget(parts.allocator, budget, space, parts.adapter)
+        rehearse(parts.allocator, budget, space, parts.adapter)
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
         module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity)
@@ -133,7 +132,8 @@ class _Run:
         if self.resume is None:  # a resumed run has its ranks from the checkpoint
             callbacks.append(
                 parts.allocation.callback(
-                    lambda lit: self._search(lit, data, backbone), lambda result: self._found(result, space)
+                    lambda lit: self._search(lit, data, backbone),
+                    lambda result: self._found(result, space, backbone.fingerprint),
                 )
             )
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
@@ -200,32 +200,22 @@ class _Run:
             proxy_name=self._proxy_name,
             track=track,
         )
-        provenance = {
-            "backbone": backbone.fingerprint,
-            "seed": parts.seed,
-            "proxy": self.config["proxy"] if parts.allocator.gain_rule is not None else None,
-            "probe": self.config["probe"] if scored else None,
-            "allocator": self.config["allocator"],
-            "budget": self.config["budget"],
-            "search_space": self.config["search_space"],
-            "adapter": self.config["adapter"],
-            "scored_rows_sha256": hashlib.sha256(json.dumps(rows).encode()).hexdigest() if scored else None,
-            "versions": versions(),
-        }
         found = result.allocation
         lit.search_seconds = result.seconds
-        allocation = Allocation(found.ranks, found.spent, found.budget, provenance)
+        proxy = self.config["proxy"] if parts.allocator.gain_rule is not None else None
+        origin = provenance(self.config, backbone.fingerprint, rows if scored else None, proxy=proxy)
+        allocation = Allocation(found.ranks, found.spent, found.budget, origin)
         self._scored_rows = rows
         if self.accept is not None:
             self.accept(allocation)
         return SearchResult(result.scores, allocation, result.seconds)
 
-    def _found(self, result: SearchResult, space: Space) -> None:
+    def _found(self, result: SearchResult, space: Space, backbone: str) -> None:
         """Write down what was found, before training starts."""
         self._write_config()
         allocation, family, scores = result.allocation, self.parts.adapter, None
         if result.scores is not None:
-            scores = Scores(self._proxy_name, {self._proxy_name: result.scores}, self._scored_rows)
+            scores = Scores(self._proxy_name, {self._proxy_name: result.scores}, self._scored_rows, backbone)
         write_findings(self.folder, space, scores, allocation, family, self._title())
         rows = site_rows(space, scores, allocation, family)
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
@@ -375,17 +365,4 @@ def without_nan(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[st
     return {
         split: {name: None if math.isnan(value) else value for name, value in values.items()}
         for split, values in metrics.items()
-    }
-
-
-def versions() -> dict[str, str]:
-    """What results may depend on."""
-    import transformers
-
-    return {
-        "heterolora": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "lightning": L.__version__,
     }

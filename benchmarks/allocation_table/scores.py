@@ -24,6 +24,7 @@ from heterolora.errors import SettingError
 from heterolora.farm import code_version
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
+from heterolora.provenance import versions
 from heterolora.proxies.base import DegenerateScores, Proxy, Score, check_scores
 from heterolora.proxies.evidence import Evidence, Statistic
 from heterolora.quiet import quieten
@@ -32,7 +33,6 @@ from heterolora.run import composer
 from heterolora.scoring import score_all
 from heterolora.space import survey
 from heterolora.tournament import merged
-from heterolora.training import versions
 
 _log = logging.getLogger(__name__)
 

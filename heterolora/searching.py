@@ -1,0 +1,291 @@
+"""One search without fine-tuning: score, allocate under every budget, and write everything down."""
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+
+from heterolora.agreement import Agreement, agree
+from heterolora.allocation import Allocation
+from heterolora.allocators.base import Allocator
+from heterolora.budget import Budget, SiteCount
+from heterolora.callbacks.progress import track
+from heterolora.data.module import TextData
+from heterolora.errors import SettingError
+from heterolora.findings import Scores, read_scores, write_findings
+from heterolora.model import AdaptedModel
+from heterolora.parts import Parts
+from heterolora.peft_config import module_of
+from heterolora.provenance import provenance
+from heterolora.proxies.base import Proxy, check_scores, leading, total
+from heterolora.report.files import write_json, write_text, write_whole
+from heterolora.report.memory import now_mib, peak_mib, reset_peak
+from heterolora.report.search import print_search
+from heterolora.resampling import Resampled, Resampling
+from heterolora.scoring import allocate, check_budget, rehearse, score_all
+from heterolora.space import Space, survey
+from heterolora.training import for_the_record
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What one search is asked.
+
+    Attributes:
+        proxies: name -> proxy; all are scored.
+        first: the proxy that ``allocation.json`` is made with.
+        budgets: name -> budget; the first is that of ``allocation.json``.
+        nodes: the config node of each proxy and of each budget, by name, for the record.
+        scores: a ``scores.json`` to allocate from; None: score.
+        resamples: how often batches are drawn again.
+    """
+
+    proxies: Mapping[str, Proxy]
+    first: str
+    budgets: Mapping[str, Budget]
+    nodes: Mapping[str, Any]
+    scores: Path | None
+    resamples: int
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Scores, and what is known about them."""
+
+    space: Space
+    scores: Scores | None
+    agreement: Agreement | None
+    fingerprint: str | None
+    seconds: Mapping[str, float]
+    memory: Mapping[str, float | None]
+
+
+def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Questions) -> dict[str, Any]:
+    """Search, print and write; nothing is trained but a head for scoring, which is dropped.
+
+    Args:
+        parts: the objects.
+        config: the resolved config, for the record.
+        folder: of the search; nothing is written before all settings have proved usable.
+        asked: proxies and budgets.
+
+    Returns:
+        What is also written to ``search.json``.
+
+    Raises:
+        SettingError: for anything that a user can mend.
+    """
+    threads = torch.get_num_threads()
+    if parts.trainer.threads is not None:
+        torch.set_num_threads(parts.trainer.threads)
+    try:
+        found, config = _given(parts, config, asked) if asked.scores else _scored(parts, config, asked)
+    finally:
+        torch.set_num_threads(threads)
+    allocations = _allocations(parts, config, asked, found)
+    write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+    for (budget, proxy), allocation in allocations.items():
+        inner = folder / "allocations" / budget / proxy
+        inner.mkdir(parents=True)
+        _write(inner, parts, found, allocation, proxy, _title(parts, budget, proxy))
+    (budget, proxy), main = next(iter(allocations.items()))
+    _write(folder, parts, found, main, proxy, _title(parts, budget, proxy))
+    if found.scores is not None:
+        table = _score_table(found.space, found.scores)
+        write_whole(folder / "scores.csv", partial(table.to_csv, index=False))
+    if found.agreement is not None:
+        write_json(folder / "agreement.json", found.agreement.as_dict())
+    summary = {
+        "title": _title(parts, budget, proxy),
+        "seed": parts.seed,
+        "choices": dict(parts.choices),
+        "backbone": found.fingerprint,
+        "sites": len(found.space.sites),
+        "seconds": dict(found.seconds),
+        "memory_mib": dict(found.memory),
+        "allocations": [
+            {
+                "budget": budget,
+                "proxy": proxy,
+                "parameters": allocation.spent,
+                "allowed": allocation.budget,
+                "sites": len(allocation.active),
+                "folder": f"allocations/{budget}/{proxy}",
+            }
+            for (budget, proxy), allocation in allocations.items()
+        ],
+        "left_out_of_peft": _left_out(found.space, main),
+        "folder": str(folder),
+    }
+    write_json(folder / "search.json", summary)
+    print_search(found.space, parts.adapter, main, found.scores, found.agreement, summary)
+    return summary
+
+
+def _given(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_Found, Mapping[str, Any]]:
+    """Scores of an earlier search; neither weights nor data are read."""
+    assert asked.scores is not None
+    start = time.perf_counter()
+    scores = read_scores(asked.scores, "scores")
+    skeleton = parts.model.skeleton(2)  # the head has no sites
+    space = parts.search_space.resolve(survey(skeleton.model, skeleton.layout))
+    _check(parts, space, asked)
+    names = [site.name for site in space.sites]
+    for name, proxy in asked.proxies.items():
+        if name not in scores.scores:
+            raise SettingError("scores", asked.scores, f"has no scores of proxy={name}, only of {list(scores.scores)}")
+        if missing := [site for site in names if site not in scores.scores[name]]:
+            raise SettingError(
+                "scores", asked.scores, f"lacks sites of this space: {missing[:3]} ({len(missing)} of {len(names)})"
+            )
+        check_scores(name, proxy, {site: scores.scores[name][site] for site in names}, names)
+    chosen = {name: {site: scores.scores[name][site] for site in names} for name in asked.proxies}
+    kept = Scores(asked.first, chosen, scores.rows, scores.backbone)
+    agreement = agree(_vectors(parts.allocator, space, kept), {}) if len(chosen) > 1 else None
+    seconds = {"reading": time.perf_counter() - start}
+    return _Found(space, kept, agreement, scores.backbone, seconds, {}), config
+
+
+def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_Found, Mapping[str, Any]]:
+    """Load and score."""
+    start = time.perf_counter()
+    looked = [name for name, proxy in asked.proxies.items() if proxy.statistics]
+    splits, _, task = parts.data.splits(parts.task)
+    config = for_the_record(config, task)
+    backbone = parts.model.load(task.outputs, parts.seed)
+    space = parts.search_space.resolve(survey(backbone.model, backbone.layout))
+    _check(parts, space, asked)
+    model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head).to(_device(parts.trainer.accelerator))
+    if backbone.gradient_checkpointing:
+        model.gradient_checkpointing()
+    data = TextData(splits, task, backbone.tokenizer, backbone.positions, parts.data, parts.seed)
+    batches, rows = data.scoring_batches(parts.probe.batches) if looked else ([], [])
+    loaded = now_mib()
+    reset_peak()
+    ready = time.perf_counter()
+    scores, agreement, seconds = None, None, {"loading": ready - start}
+    if asked.proxies:
+        device = next(model.backbone.parameters()).device
+        resampling = Resampling(asked.resamples, _units(parts.allocator), parts.seed) if asked.resamples else None
+        result = score_all(
+            model,
+            lambda m, batch: task.loss(task.logits(m, batch), batch),
+            [{key: value.to(device) for key, value in batch.items()} for batch in batches],
+            ({key: value.to(device) for key, value in batch.items()} for batch in data.warmup_batches()),
+            proxies=asked.proxies,
+            probe=parts.probe,
+            seed=parts.seed,
+            track=track,
+            resampling=resampling,
+        )
+        scores = Scores(asked.first, result.scores, rows, backbone.fingerprint)
+        agreement = _agreement(parts.allocator, space, scores, result.resampled)
+        seconds |= {"scoring": time.perf_counter() - ready, **{f"of it {n}": s for n, s in result.seconds.items()}}
+    memory = {"process, model loaded": loaded, "peak above it": None if loaded is None else peak_mib() - loaded}
+    return _Found(space, scores, agreement, backbone.fingerprint, seconds, memory), config
+
+
+def _check(parts: Parts, space: Space, asked: Questions) -> None:
+    """Every budget, before anything is computed."""
+    for name, budget in asked.budgets.items():
+        try:
+            resolved = budget.resolve(space)
+            check_budget(parts.allocator, resolved, space, parts.adapter)
+            rehearse(parts.allocator, resolved, space, parts.adapter)
+        except SettingError as error:
+            if len(asked.budgets) == 1:
+                raise
+            raise SettingError("budgets", name, str(error)) from error
+
+
+def _device(accelerator: str) -> torch.device:
+    """Where a training run with this accelerator would be."""
+    on_gpu = torch.cuda.is_available() and accelerator in ("auto", "gpu", "cuda")
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _units(allocator: Allocator) -> int:
+    """How many units of rank of a score may matter."""
+    rule = allocator.gain_rule
+    return 32 if rule is None else rule.max_rank
+
+
+def _vectors(allocator: Allocator, space: Space, scores: Scores) -> dict[str, Any]:
+    units = _units(allocator)
+    return {
+        proxy: np.array([leading(found[site.name], units) for site in space.sites])
+        for proxy, found in scores.scores.items()
+    }
+
+
+def _agreement(
+    allocator: Allocator, space: Space, scores: Scores, resampled: Mapping[str, Resampled]
+) -> Agreement | None:
+    if len(scores.scores) < 2 and not resampled:
+        return None
+    return agree(_vectors(allocator, space, scores), resampled)
+
+
+def _allocations(
+    parts: Parts, config: Mapping[str, Any], asked: Questions, found: _Found
+) -> dict[tuple[str, str], Allocation]:
+    """Under every budget, by every proxy: the first of both comes first."""
+    names = [asked.first, *(name for name in asked.proxies if name != asked.first)]
+    if parts.allocator.gain_rule is None:  # all proxies would lead to the same
+        names = [str(parts.choices.get("allocator", "allocator"))]
+    allocations = {}
+    for name, budget in asked.budgets.items():
+        resolved: int | SiteCount = budget.resolve(found.space)
+        for proxy in names:
+            scores = found.scores.scores[proxy] if parts.allocator.gain_rule is not None and found.scores else None
+            got = allocate(parts.allocator, scores, resolved, found.space, parts.adapter)
+            origin = provenance(
+                config,
+                found.fingerprint,
+                None if scores is None or found.scores is None else found.scores.rows,
+                proxy=None if scores is None else asked.nodes[proxy],
+                budget=asked.nodes[name],
+                scores=None if asked.scores is None else str(asked.scores),
+            )
+            allocations[name, proxy] = Allocation(got.ranks, got.spent, got.budget, origin)
+    return allocations
+
+
+def _write(folder: Path, parts: Parts, found: _Found, allocation: Allocation, proxy: str, title: str) -> None:
+    scores = found.scores
+    if scores is not None and proxy in scores.scores:
+        scores = replace(scores, proxy=proxy)
+    write_findings(folder, found.space, scores, allocation, parts.adapter, title)
+    if len(_left_out(found.space, allocation)["sites"]) < len(allocation.active):
+        scales = {name: parts.adapter.scale_at(found.space[name], rank) for name, rank in allocation.active.items()}
+        write_json(folder / "adapter_config.json", peft_config(found.space, allocation, scales, str(parts.model.path)))
+
+
+def _left_out(space: Space, allocation: Allocation) -> dict[str, Any]:
+    """Sites with rank that PEFT cannot hold."""
+    return {"sites": [name for name in allocation.active if module_of(space[name]) is None]}
+
+
+def _score_table(space: Space, scores: Scores) -> pd.DataFrame:
+    """One row a site, one column a proxy: the sum over units of rank."""
+    columns: dict[str, Sequence[Any]] = {"site": [site.name for site in space.sites]}
+    for proxy, found in scores.scores.items():
+        columns[proxy] = [float(total(found[site.name])) for site in space.sites]
+    return pd.DataFrame(columns)
+
+
+def _title(parts: Parts, budget: str, proxy: str) -> str:
+    chosen = [str(parts.choices.get(key, "?")) for key in ("model", "search_space")]
+    allocator = str(parts.choices.get("allocator", "?"))
+    names = dict.fromkeys([*chosen, proxy, allocator, budget])
+    return f"{parts.task.name}: {', '.join(names)}, seed {parts.seed}"

@@ -1,0 +1,58 @@
+"""The options of config groups by name, as plain values, for whoever does not come through Hydra."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from heterolora.errors import SettingError
+
+
+def config_folder() -> Path:
+    """Where the config files are: inside the installed package, or beside it in the repository."""
+    packaged = Path(__file__).parent / "conf"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
+
+
+def options(group: str) -> list[str]:
+    """Names of a group's options."""
+    return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
+
+
+def option(group: str, name: str, setting: str | None = None) -> dict[str, Any]:
+    """The node of one option.
+
+    Args:
+        group: e.g. ``proxy``.
+        name: e.g. ``snip``.
+        setting: what the user set, for messages; None: the group.
+
+    Raises:
+        SettingError: if there is no such option.
+    """
+    if name not in options(group):
+        raise SettingError(setting or group, name, f"possible: {options(group)}")
+    return _read(config_folder() / group / f"{name}.yaml")
+
+
+def default(group: str) -> dict[str, Any]:
+    """The node of a group's default option, or a node that has no group (``probe``), as ``train.yaml`` has it."""
+    tree = _read(config_folder() / "train.yaml")
+    for entry in tree["defaults"]:
+        if isinstance(entry, Mapping) and group in entry:
+            return option(group, entry[group])
+    return {key: _resolved(value, tree) for key, value in tree[group].items()}
+
+
+def _resolved(value: Any, tree: Mapping[str, Any]) -> Any:
+    """What ``${node.key}`` stands for."""
+    if not isinstance(value, str) or not value.startswith("${"):
+        return value
+    node, _, key = value.removeprefix("${").removesuffix("}").partition(".")
+    return _resolved(tree[node][key], tree)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found
