@@ -16,6 +16,7 @@ from heterolora.build import build
 from heterolora.callbacks.allocate import Static
 from heterolora.data.module import Data
 from heterolora.errors import SettingError
+from heterolora.export import Export
 from heterolora.lit import Optimizer
 from heterolora.proxies.base import Proxy
 from heterolora.report.loggers import RunLogger
@@ -38,10 +39,11 @@ NODES = (
     "allocation",
     "trainer",
     "logger",
+    "export",
 )
 """Config nodes that name a class."""
 
-_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament", "table")
+_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament", "table", "export")
 """Config nodes on which no result depends."""
 
 
@@ -62,6 +64,7 @@ class Parts:
     optimizer: Optimizer
     trainer: TrainerSettings
     logger: RunLogger
+    export: Export
     callbacks: Sequence[L.Callback]
     seed: int
     dry: bool

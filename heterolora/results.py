@@ -282,7 +282,7 @@ def _code(commit: str | None, versions: Mapping[str, str]) -> str:
 
 
 _NO_METHOD = frozenset(
-    {"seed", "resume", "outputs", "run", "logger", "tournament", "table", "data.cache_dir", "data.root"}
+    {"seed", "resume", "outputs", "run", "logger", "tournament", "table", "export", "data.cache_dir", "data.root"}
 )
 """Values that tell no method from another; seeds are repetitions."""
 

@@ -24,6 +24,7 @@ from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
+from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, site_rows, write_findings
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
@@ -149,6 +150,7 @@ class _Run:
         metrics = self._evaluate(trainer, module, data, splits.tests if parts.trainer.test else ())
         summary = self._summary(module, metrics, splits, material.origin, backbone, trainer)
         self._write_results(module, summary)
+        self._hand_over(module, data, summary)
         print_summary(summary)
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
@@ -326,6 +328,19 @@ class _Run:
         metadata = {"format": "heterolora-1", "backbone": str(summary["backbone"])}
         write_whole(self.folder / "adapter.safetensors", lambda path: save_file(state, path, metadata))
         self._join_metrics()
+        write_json(self.folder / "summary.json", {**summary, "metrics": without_nan(summary["metrics"])})
+
+    def _hand_over(self, module: LitAdapted, data: TextData, summary: dict[str, Any]) -> None:
+        """Export the adapters; the run is finished and written down, and stays so whatever comes of it."""
+        if not self.parts.export.peft:
+            return
+        device = next(module.model.backbone.parameters()).device
+        batch = {key: value.to(device) for key, value in next(iter(data.val_dataloader())).items()}
+        allocation = json.loads((self.folder / "allocation.json").read_text())
+        origin = origin_of(self.config, self.parts.task, summary, allocation)
+        summary["export"] = hand_over(
+            module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
+        )
         write_json(self.folder / "summary.json", {**summary, "metrics": without_nan(summary["metrics"])})
 
     def _join_metrics(self) -> None:
