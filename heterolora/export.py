@@ -203,6 +203,7 @@ def _notes(model: AdaptedModel, found: Exported, origin: Origin | None) -> dict[
         "heterolora": __version__,
         "base": getattr(getattr(model.backbone, "config", None), "_name_or_path", None) or None,
         "model": dict(origin.model) if origin else None,
+        "outputs": getattr(getattr(model.backbone, "config", None), "num_labels", None),
         "allocation": dict(origin.allocation) if origin else {"ranks": model.ranks},
         "in_peft": dict(found.sites),
         "not_in_peft": dict(found.missing),
@@ -244,7 +245,11 @@ def hand_over(model: AdaptedModel, run: Path, logits: Logits, settings: Export, 
     if not found.modules:
         _log.info("nothing for PEFT to load, all rank is at shortcuts; they and the head are in %s", folder)
     elif found.missing:
-        _log.info("exported to %s without %d shortcuts, which PEFT cannot hold", folder, len(found.missing))
+        _log.info(
+            "exported to %s without %d shortcuts, which PEFT cannot hold (search_space=lora_all has none)",
+            folder,
+            len(found.missing),
+        )
     return {
         "folder": folder.name,
         "modules": len(found.modules),
@@ -277,6 +282,7 @@ def origin_of(
         max_length=task.max_length,
         labels=task.labels if task.outputs > 1 else None,
         metrics=metrics,
+        collapsed=[split for split, found in summary["collapsed"].items() if found],
         note=summary["data"]["note"],
         seed=summary["seed"],
         model=config["model"],

@@ -21,6 +21,7 @@ class Origin:
         max_length: tokens after which inputs were cut.
         labels: names of the classes, in the order of the logits; None: a number, or a score for each input.
         metrics: split -> metric -> value, None where it is not defined.
+        collapsed: splits on which (nearly) the same was predicted for every example.
         note: which data the splits are.
         seed: of the run.
         model: the config's node: ``path``, ``gguf_file``, ``dtype`` where it has them.
@@ -34,6 +35,7 @@ class Origin:
     max_length: int
     labels: Sequence[str] | None
     metrics: Mapping[str, Mapping[str, float | None]]
+    collapsed: Sequence[str]
     note: str
     seed: int
     model: Mapping[str, Any]
@@ -138,6 +140,9 @@ def _metrics(origin: Origin) -> str:
     ]
     head = f"## Measured\n\nSeed {origin.seed}, one run. Splits: {origin.note}.\n"
     whole = "These are of the whole model, shortcuts included where it has any.\n"
+    if origin.collapsed:
+        splits = " and ".join(origin.collapsed)
+        whole += f"\n**The model gives (nearly) the same prediction for every example of {splits}.**\n"
     return "\n".join([head + whole, "| split | metric | value |", "|---|---|---|", *rows]) + "\n"
 
 
@@ -159,8 +164,10 @@ def _rank_table(sites: Sequence[Site], ranks: Mapping[str, int]) -> str:
 
 def _loading(found: Exported, settings: Mapping[str, Any], origin: Origin | None) -> str:
     node = origin.model if origin else {}
-    base = node.get("path") or "BASE_MODEL"
-    base = f"FOLDER_OF_{base}" if ":" in base else base
+    base, where = str(node.get("path") or "BASE_MODEL"), ""
+    if base.startswith("package:"):
+        package, _, folder = base.removeprefix("package:").partition("/")
+        base, where = "BASE_MODEL", f"# BASE_MODEL: the folder {folder} of the Python package {package}\n"
     more = {key: node[key] for key in ("gguf_file", "dtype") if node.get(key) not in (None, "float32")}
     arguments = ", ".join(f"{key}={value!r}" for key, value in {**settings, **more}.items())
     text = ""
@@ -168,14 +175,14 @@ def _loading(found: Exported, settings: Mapping[str, Any], origin: Origin | None
         text += (
             "With PEFT (padding goes to the right):\n\n```python\n"
             "from peft import PeftModel\nfrom transformers import AutoModelForSequenceClassification\n\n"
-            f'base = AutoModelForSequenceClassification.from_pretrained("{base}", {arguments})\n'
+            f'{where}base = AutoModelForSequenceClassification.from_pretrained("{base}", {arguments})\n'
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n```\n\n'
         )
     whole = "" if not found.missing else ", shortcuts included"
+    call = 'heterolora.load("THIS_FOLDER")' if origin else 'heterolora.peft_in.from_peft(backbone, "THIS_FOLDER")'
     return text + (
-        f"With heterolora{whole}, checked against the base model's fingerprint:\n\n```python\n"
-        "from heterolora.peft_in import from_peft\n\n"
-        'model = from_peft(backbone, "THIS_FOLDER")  # backbone = Pretrained(...).load(num_labels, seed)\n```\n'
+        f"With heterolora{whole}; base models with other weights are refused:\n\n```python\n"
+        f"import heterolora{'' if origin else '.peft_in'}\n\nmodel = {call}\n```\n"
     )
 
 
