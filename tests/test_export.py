@@ -380,3 +380,67 @@ def test_what_a_run_hands_over_changes_no_hash():
     without = {key: value for key, value in configs[0].items() if key != "export"}
     assert len({config_hash(config) for config in (*configs, without)}) == 1
     assert len({method_hash(config) for config in (*configs, without)}) == 1
+
+
+STOCK = """
+import json, sys, warnings
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")  # PEFT's use of transformers
+folder, texts, out = sys.argv[1:]
+place = json.load(open(folder + "/adapter_config.json"))["base_model_name_or_path"]
+tokenizer = AutoTokenizer.from_pretrained(place)
+base = AutoModelForSequenceClassification.from_pretrained(place, num_labels=2)
+model = PeftModel.from_pretrained(base, folder).eval()
+pairs = json.load(open(texts))
+logits = []
+with torch.no_grad():
+    for at in range(0, len(pairs), 64):
+        batch = tokenizer(*map(list, zip(*pairs[at : at + 64])), truncation=True, max_length=128, padding=True,
+                          return_tensors="pt")
+        logits += model(**batch).logits.tolist()
+assert not any(name.split(".")[0] == "heterolora" for name in sys.modules)
+json.dump(logits, open(out, "w"))
+"""
+
+
+@pytest.mark.slow
+def test_minilm_trained_here_predicts_the_same_in_stock_peft_in_another_process(tmp_path, data_root):
+    """All 1,725 test pairs of MRPC, texts in and predictions out, with nothing of ours in the other process."""
+    import subprocess
+    import sys
+
+    import pandas as pd
+
+    import heterolora
+    from tests.jobs import run_job
+
+    run = tmp_path / "run"
+    summary = run_job(run, "model=minilm", "task=mrpc", f"data.root={data_root}", "data.limit=null", "proxy=random",
+                      "search_space=lora_all", "task.max_length=128", "data.batch_size=16", "trainer.max_steps=60",
+                      "optimizer.lr=3e-3", "export.peft=true", "seed=1")  # fmt: skip
+    table = heterolora.load_run(run).split("test")
+    (tmp_path / "texts.json").write_text(json.dumps(table[["sentence1", "sentence2"]].to_numpy().tolist()))
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(run / "peft"), str(tmp_path / "texts.json"), str(tmp_path / "out.json")],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = torch.tensor(json.loads((tmp_path / "out.json").read_text()), dtype=torch.float64)
+    recorded = pd.read_csv(run / "predictions_test.csv")
+    names = ["not_equivalent", "equivalent"]
+    assert len(recorded) == 1725
+    assert recorded["prediction"].nunique() == 2, "a run that learnt nothing would show nothing"
+    assert [names[code] for code in theirs.argmax(-1)] == list(recorded["prediction"])
+    ours = torch.tensor(recorded[[f"logit_{name}" for name in names]].to_numpy(), dtype=torch.float64)
+    assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()
+    accuracy = (recorded["prediction"] == recorded["label"]).mean()
+    assert accuracy == pytest.approx(summary["metrics"]["test"]["accuracy"])
+    assert len(set(summary_ranks(run))) > 2, "ranks differ between modules"
+
+
+def summary_ranks(run):
+    return json.loads((run / "allocation.json").read_text())["ranks"].values()
