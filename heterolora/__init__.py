@@ -20,8 +20,8 @@ def load(folder: str | Path, device: str = "cpu") -> "AdaptedModel":
     Raises:
         heterolora.errors.SettingError: if the folder holds none of these, or the backbone is another one.
     """
+    from heterolora.peft_config import NOTES
     from heterolora.peft_in import load_export
-    from heterolora.shortcuts import NOTES
 
     if (Path(folder).expanduser() / NOTES).is_file():
         return load_export(folder, device)

@@ -34,9 +34,9 @@ Logits = Callable[[nn.Module], torch.Tensor]
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding explains.
 
-Some architectures compute norms and attention in float32 whatever the model's dtype is: float64 is no better than that. On
-a half-precision backbone PEFT rounds the head and adds deltas before it rounds, and folded weights are rounded; there, that
-factors and head came back to the bit is what tells.
+Some architectures compute norms and attention in float32 whatever the model's dtype is: float64 is no better than that.
+On a half-precision backbone PEFT rounds the head and adds deltas before it rounds, and folded weights are rounded; that
+factors and head came back to the bit is what tells there.
 """
 
 

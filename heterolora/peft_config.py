@@ -20,6 +20,8 @@ T = TypeVar("T")
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+NOTES = "heterolora.json"
+"""Ours, beside PEFT's files: see ``heterolora.shortcuts``."""
 
 _ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 

@@ -14,9 +14,9 @@ from heterolora.backbone import Backbone, Pretrained
 from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
-from heterolora.peft_config import CONFIG, module_of
+from heterolora.peft_config import CONFIG, NOTES, module_of
 from heterolora.peft_files import Factors, PeftAdapter, read_adapter
-from heterolora.shortcuts import NOTES, Rest, read_rest
+from heterolora.shortcuts import Rest, read_rest
 from heterolora.sites import Site
 from heterolora.space import SearchSpace, Space, Survey, survey
 
@@ -42,10 +42,7 @@ def from_peft(
             and by shapes), has modules that are no sites of the space, or is none that a LoRA can hold.
     """
     place = Path(folder).expanduser()
-    rest = read_rest(place, setting)
-    if rest is not None and rest.fingerprint != backbone.fingerprint:
-        raise SettingError(setting, place, f"{NOTES} says that it belongs to other backbone weights")
-    adapter = read_adapter(place, setting) if rest is None or (place / CONFIG).exists() else None
+    adapter, rest = _read(place, backbone, setting)
     if space is None:
         space = _space_for(survey(backbone.model, backbone.layout), rest, setting, place)
     maps = _by_site(adapter, rest, space, place, setting)
@@ -54,10 +51,48 @@ def from_peft(
     family = LoRA("constant", _scales(maps, space), adapter.config.dropout if adapter is not None else 0.0)
     model = AdaptedModel(backbone.model, space, family, backbone.head)
     model.enable({name: len(factors.A) for name, factors in maps.items()}, seed=0)
-    model.load_adapter_state_dict(_tensors(maps, space, family))
-    saved = {**(adapter.saved if adapter is not None else {}), **(rest.head if rest is not None else {})}
-    _load_head(model, backbone, saved, place, setting)
+    _fill(model, backbone, maps, _saved(adapter, rest), place, setting)
     return model.eval()
+
+
+def start_from(model: AdaptedModel, backbone: Backbone, folder: str | Path, setting: str = "start_from") -> None:
+    """Fill the adapters that a model holds, and its head, from a PEFT adapter of the same ranks, to train on.
+
+    The scales stay those of the model's own family; where the adapter's differ, the ratio goes into B.
+
+    Args:
+        model: with adapters enabled.
+        backbone: the model's.
+        folder: see ``from_peft``.
+        setting: what named the folder, for messages.
+
+    Raises:
+        SettingError: as ``from_peft``, and if the ranks differ.
+    """
+    place = Path(folder).expanduser()
+    adapter, rest = _read(place, backbone, setting)
+    maps = _by_site(adapter, rest, model.space, place, setting)
+    given = {name: len(factors.A) for name, factors in maps.items()}
+    held = {name: rank for name, rank in model.ranks.items() if rank}
+    if given != held:
+        differ = sorted(name for name in given.keys() | held.keys() if given.get(name, 0) != held.get(name, 0))
+        raise SettingError(
+            setting,
+            place,
+            f"has other ranks than were allocated at {differ[:3]}; add allocator=fixed allocator.path={place}",
+        )
+    _fill(model, backbone, maps, _saved(adapter, rest), place, setting)
+
+
+def _read(place: Path, backbone: Backbone, setting: str) -> tuple[PeftAdapter | None, Rest | None]:
+    rest = read_rest(place, setting)
+    if rest is not None and rest.fingerprint != backbone.fingerprint:
+        raise SettingError(setting, place, f"{NOTES} says that it belongs to other backbone weights")
+    return read_adapter(place, setting) if rest is None or (place / CONFIG).exists() else None, rest
+
+
+def _saved(adapter: PeftAdapter | None, rest: Rest | None) -> dict[str, torch.Tensor]:
+    return {**(adapter.saved if adapter is not None else {}), **(rest.head if rest is not None else {})}
 
 
 def load_export(folder: str | Path, device: str = "cpu") -> AdaptedModel:
@@ -149,10 +184,22 @@ def _scales(maps: Mapping[str, Factors], space: Space) -> float | dict[str, floa
     return common if len(set(common.values())) > 1 else next(iter(common.values()), 1.0)
 
 
-def _tensors(maps: Mapping[str, Factors], space: Space, family: LoRA) -> dict[str, torch.Tensor]:
+def _fill(
+    model: AdaptedModel,
+    backbone: Backbone,
+    maps: Mapping[str, Factors],
+    saved: Mapping[str, torch.Tensor],
+    place: Path,
+    setting: str,
+) -> None:
+    model.load_adapter_state_dict(_tensors(model, maps))
+    _load_head(model, backbone, saved, place, setting)
+
+
+def _tensors(model: AdaptedModel, maps: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
     tensors = {}
     for name, factors in maps.items():
-        scale = family.scale_at(space[name], len(factors.A))
+        scale = model.family.scale_at(model.space[name], len(factors.A))
         same = factors.scale == scale
         tensors[f"{name}.A"] = factors.A
         tensors[f"{name}.B"] = factors.B if same else factors.B * (factors.scale / scale)

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
+from heterolora.peft_config import NOTES
 from heterolora.peft_files import Factors
 from heterolora.report.files import write_json
 
-NOTES = "heterolora.json"
 SHORTCUTS = "shortcuts.safetensors"
 FORMAT = 1
 

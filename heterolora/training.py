@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from heterolora import __version__
 from heterolora.allocation import Allocation
+from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
@@ -29,6 +30,7 @@ from heterolora.findings import FILES, SITE_COLUMNS, Scores, site_rows, write_fi
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
+from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
@@ -122,6 +124,7 @@ class _Run:
         model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
+        self.parts = parts = replace(parts, allocator=placed(parts.allocator, space.sites))
         budget = parts.budget.resolve(space)
         check_budget(parts.allocator, budget, model)
         rehearse(parts.allocator, budget, model)
@@ -134,7 +137,7 @@ class _Run:
         if self.resume is None:  # a resumed run has its ranks from the checkpoint
             callbacks.append(
                 parts.allocation.callback(
-                    lambda lit: self._search(lit, data, backbone), lambda result: self._found(result, space)
+                    lambda lit: self._search(lit, data, backbone), lambda result: self._begin(result, model, backbone)
                 )
             )
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
@@ -221,6 +224,12 @@ class _Run:
         if self.accept is not None:
             self.accept(allocation)
         return SearchResult(result.scores, allocation, result.seconds)
+
+    def _begin(self, result: SearchResult, model: AdaptedModel, backbone: Backbone) -> None:
+        """The ranks are enabled: fill them if training goes on from an adapter, and write down what was found."""
+        if self.parts.start_from is not None:
+            start_from(model, backbone, self.parts.start_from)
+        self._found(result, model.space)
 
     def _found(self, result: SearchResult, space: Space) -> None:
         """Write down what was found, before training starts."""

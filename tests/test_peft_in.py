@@ -273,3 +273,77 @@ def test_peft_loads_what_peft_saved_of_what_we_exported(tmp_path):
     loaded.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     again = from_peft(backbone_of("bert"), tmp_path / "theirs")
     assert gap(answer(again, batch), answer(model, batch)) < 1e-5
+
+
+# -- as an allocation, and as a start --------------------------------------------------------------------------------
+
+
+def lora_of_tiny_bert(folder, **options):
+    """An adapter that PEFT trained on the model of ``model=tiny_bert``."""
+    from heterolora.run import compose
+
+    base = compose(["model=tiny_bert"])["model"].load(2, 0).model
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], init_lora_weights=False, **options)
+    return save_random(get_peft_model(base, config), folder)
+
+
+RANKS = {"r": 2, "lora_alpha": 6, "rank_pattern": {r".*\.1\..*value": 4}}
+
+
+def test_ranks_of_a_peft_adapter_are_an_allocation(tmp_path):
+    from tests.jobs import run_job
+
+    lora_of_tiny_bert(tmp_path / "peft", **RANKS)
+    for number, path in enumerate((tmp_path / "peft", tmp_path / "peft" / "adapter_config.json")):
+        run_job(tmp_path / str(number), "allocator=fixed", f"allocator.path={path}", "trainer.max_steps=1")
+        ranks = json.loads((tmp_path / str(number) / "allocation.json").read_text())["ranks"]
+        assert {name: rank for name, rank in ranks.items() if rank} == {"0.q": 2, "0.v": 2, "1.q": 2, "1.v": 4}
+
+
+def test_ranks_of_our_export_are_an_allocation_shortcuts_included(tmp_path):
+    from tests.jobs import run_job
+
+    run_job(tmp_path / "a", "export.peft=true", "trainer.max_steps=1")
+    run_job(tmp_path / "b", "allocator=fixed", f"allocator.path={tmp_path}/a/peft", "trainer.max_steps=1")
+    ranks = [json.loads((tmp_path / run / "allocation.json").read_text())["ranks"] for run in "ab"]
+    assert ranks[0] == ranks[1]
+
+
+def test_training_starts_from_an_adapter_of_peft(tmp_path):
+    """With a learning rate of next to nothing, the run ends where PEFT's adapter is."""
+    from tests.jobs import run_job
+
+    peft = lora_of_tiny_bert(tmp_path / "peft", **RANKS)
+    still = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "trainer.max_steps=2", "trainer.test=false"]
+    given = ["allocator=fixed", f"allocator.path={tmp_path}/peft", f"start_from={tmp_path}/peft"]
+    run_job(tmp_path / "a", *given, *still)
+    loaded = heterolora.load_run(tmp_path / "a")
+    batch = {"input_ids": torch.arange(3, 23).reshape(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    assert gap(answer(loaded.model, batch), answer(peft, batch)) < 1e-5
+    assert {factor.scale for factor in loaded.model.adapters.values()} == {2.0}, "the run's own, as its config says"
+
+
+def test_a_start_that_does_not_fit_is_refused_in_one_line(tmp_path):
+    from heterolora.run import RunFailed
+    from tests.jobs import run_job
+
+    lora_of_tiny_bert(tmp_path / "peft", **RANKS)
+    fixed = ["allocator=fixed", f"allocator.path={tmp_path}/peft"]
+    for name, overrides, message in (
+        ("a", [f"start_from={tmp_path}/peft"], r"other ranks than were allocated at .*; add allocator=fixed"),
+        ("b", ["start_from=nowhere"], "start_from=nowhere: null, or the folder of a PEFT adapter"),
+        ("c", [*fixed, "budget=params", "budget.value=100"], "costs 640 parameters, the budget is 100"),
+        ("d", [*fixed, "search_space=shortcuts", "budget=params", "budget.value=5000"], "no sites of this search"),
+    ):
+        with pytest.raises(RunFailed, match=message) as error:
+            run_job(tmp_path / name, *overrides)
+        assert "\n" not in str(error.value)
+
+
+def test_no_start_changes_no_hash_and_a_start_does():
+    from heterolora.parts import config_hash
+    from heterolora.results import method_hash
+
+    config = {"seed": 0, "data": {"cache_dir": None}}
+    for hashed in (config_hash, method_hash):
+        assert hashed(config) == hashed(config | {"start_from": None}) != hashed(config | {"start_from": "a"})
