@@ -332,7 +332,11 @@ def _compare(model: AdaptedModel, folder: Path, parts: _Parts, logits: Logits, f
         expected = logits(model)
     finally:
         model.switch_off(off)
-    return agreement(logits(theirs), expected, next(model.backbone.parameters()).dtype, "PEFT")
+    try:
+        got = logits(theirs)
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ExportError(f"PEFT's model gives no answer ({' '.join(str(error).split())})") from error
+    return agreement(got, expected, next(model.backbone.parameters()).dtype, "PEFT")
 
 
 def _reloaded(model: AdaptedModel, folder: Path) -> Any:
@@ -346,7 +350,7 @@ def _reloaded(model: AdaptedModel, folder: Path) -> Any:
             loaded = PeftModel.from_pretrained(
                 _bare_copy(model), str(folder), torch_device=str(next(model.backbone.parameters()).device)
             )
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
             raise ExportError(
                 f"PEFT cannot load it ({type(error).__name__}: {' '.join(str(error).split())})"
             ) from error

@@ -420,8 +420,9 @@ def test_minilm_trained_here_predicts_the_same_in_stock_peft_in_another_process(
 
     run = tmp_path / "run"
     summary = run_job(run, "model=minilm", "task=mrpc", f"data.root={data_root}", "data.limit=null", "proxy=random",
-                      "search_space=lora_all", "task.max_length=128", "data.batch_size=16", "trainer.max_steps=60",
-                      "optimizer.lr=3e-3", "export.peft=true", "seed=1")  # fmt: skip
+                      "search_space=lora_all", "task.max_length=128", "data.batch_size=16", "trainer.max_steps=40",
+                      "optimizer.lr=1e-3", "optimizer.head_lr=3e-2",
+                      "export.peft=true", "seed=1")  # fmt: skip
     table = heterolora.load_run(run).split("test")
     (tmp_path / "texts.json").write_text(json.dumps(table[["sentence1", "sentence2"]].to_numpy().tolist()))
     done = subprocess.run(
@@ -439,8 +440,5 @@ def test_minilm_trained_here_predicts_the_same_in_stock_peft_in_another_process(
     assert (theirs - ours).abs().max() < 1e-5 * ours.abs().max()
     accuracy = (recorded["prediction"] == recorded["label"]).mean()
     assert accuracy == pytest.approx(summary["metrics"]["test"]["accuracy"])
-    assert len(set(summary_ranks(run))) > 2, "ranks differ between modules"
-
-
-def summary_ranks(run):
-    return json.loads((run / "allocation.json").read_text())["ranks"].values()
+    ranks = json.loads((run / "allocation.json").read_text())["ranks"]
+    assert len(set(ranks.values())) > 2, "ranks differ between modules"

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -72,7 +73,9 @@ class Exported:
 
 def hub_id(path: str | None) -> str | None:
     """The path, if it is an id on the hub and no folder or package."""
-    return path if path is not None and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) else None
+    if path is None or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) or Path(path).exists():
+        return None
+    return path
 
 
 def model_card(sites: Sequence[Site], found: Exported, settings: Mapping[str, Any], origin: Origin | None) -> str:
