@@ -10,17 +10,22 @@ if TYPE_CHECKING:  # torch takes seconds, and questions about configs need none
 __version__ = "0.1.0"
 
 
-def load(run: str | Path, device: str = "cpu") -> "AdaptedModel":
-    """The adapted model of a finished run, shortcuts included, in evaluation mode.
+def load(folder: str | Path, device: str = "cpu") -> "AdaptedModel":
+    """The adapted model of a finished run, of its export, or of what was merged, shortcuts included, for evaluation.
 
     Args:
-        run: the run's folder.
+        folder: of a run, its folder ``peft``, or what ``python -m heterolora merge`` wrote.
         device: where the model shall be.
 
     Raises:
-        heterolora.errors.SettingError: if the folder holds no finished run, or the backbone is another one.
+        heterolora.errors.SettingError: if the folder holds none of these, or the backbone is another one.
     """
-    return load_run(run, device).model
+    from heterolora.peft_config import NOTES
+    from heterolora.peft_in import load_export
+
+    if (Path(folder).expanduser() / NOTES).is_file():
+        return load_export(folder, device)
+    return load_run(folder, device).model
 
 
 def load_run(run: str | Path, device: str = "cpu") -> "LoadedRun":

@@ -1,4 +1,4 @@
-"""``python -m heterolora sites | evaluate | predict | table``: a backbone's sites, a finished run, many runs."""
+"""``python -m heterolora sites | evaluate | predict | merge | table``: a backbone's sites, one run, many runs."""
 
 import argparse
 import json
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from heterolora.errors import SettingError
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     predict.add_argument("--output", type=Path, help="file for the CSV (default: stdout)")
     predict.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
     predict.set_defaults(run=_predict)
+
+    merge = commands.add_parser("merge", help="a plain checkpoint of a finished run, its LoRA folded into the weights")
+    merge.add_argument("folder", metavar="RUN", help="folder of the run")
+    merge.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    merge.add_argument("--dtype", choices=DTYPES, help="of its weights (default: as in the run)")
+    merge.set_defaults(run=_merge)
 
     table = commands.add_parser("table", help="compare the runs below a folder: a sweep's, or a tournament's")
     table.add_argument("folder", metavar="DIR", type=Path, help="folder with runs; unfinished ones are left out")
@@ -118,6 +126,28 @@ def _predict(given: argparse.Namespace) -> None:
         joined.to_csv(sys.stdout, index=False)
     else:
         write_whole(given.output, partial(joined.to_csv, index=False))
+
+
+def _merge(given: argparse.Namespace) -> None:
+    from heterolora.export import ExportError
+    from heterolora.loading import load_run
+    from heterolora.merge import merge
+    from heterolora.report.files import check_new_folder
+
+    check_new_folder(given.out, "OUT")  # before anything is loaded
+    try:
+        found = merge(load_run(given.folder), given.out, given.dtype)
+    except ExportError as error:
+        raise SettingError("RUN", given.folder, str(error)) from error
+    sys.stdout.write(
+        f"{given.out}: {found.folded} LoRA modules folded into {found.dtype} weights; loaded again, its logits differ "
+        f"by at most {found.difference:.1e} (the largest is {found.largest:.3g})\n"
+    )
+    if found.missing:
+        sys.stdout.write(
+            f"{len(found.missing)} shortcuts cannot be folded and are in {given.out}/shortcuts.safetensors: "
+            f'transformers loads the model without them, heterolora.load("{given.out}") with them\n'
+        )
 
 
 def _table(given: argparse.Namespace) -> None:

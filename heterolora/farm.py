@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 from heterolora.allocation import Allocation, read_ranks
 from heterolora.errors import SettingError
+from heterolora.export import NO_EXPORT
 from heterolora.parts import config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
@@ -270,7 +271,7 @@ def _run_cell(cell: Cell, folder: Path, keep: bool) -> dict[str, Any]:
 
 def _attempt(cell: Cell, place: Path) -> dict[str, Any]:
     try:
-        parts = make_parts(cell.config, cell.choices)
+        parts = replace(make_parts(cell.config, cell.choices), export=NO_EXPORT)  # a row is what is kept
         summary = run_training(parts, cell.config, place, None, _shelf, partial(_accept, cell))
     except FloatingPointError as error:
         return {"state": "failed", "error": str(error), "diverged": True}

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,9 +17,11 @@ from heterolora.build import build
 from heterolora.callbacks.allocate import Static
 from heterolora.data.module import Data
 from heterolora.errors import SettingError
+from heterolora.export import Export
 from heterolora.lit import Optimizer
 from heterolora.proxies.base import Proxy
 from heterolora.report.loggers import RunLogger
+from heterolora.results import OFF
 from heterolora.scoring import Probe
 from heterolora.space import SearchSpace
 from heterolora.tasks.base import Task
@@ -38,10 +41,11 @@ NODES = (
     "allocation",
     "trainer",
     "logger",
+    "export",
 )
 """Config nodes that name a class."""
 
-_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament", "table")
+_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament", "table", "export")
 """Config nodes on which no result depends."""
 
 
@@ -62,9 +66,11 @@ class Parts:
     optimizer: Optimizer
     trainer: TrainerSettings
     logger: RunLogger
+    export: Export
     callbacks: Sequence[L.Callback]
     seed: int
     dry: bool
+    start_from: str | None
     choices: Mapping[str, Any]
 
 
@@ -85,12 +91,26 @@ def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
         raise SettingError("run", config["run"], "full, or dry: everything but training")
     objects = {node: build(config[node], node) for node in NODES}
     callbacks = [build(node, f"callbacks.{name}") for name, node in (config["callbacks"] or {}).items() if node]
-    return Parts(**objects, callbacks=callbacks, seed=seed, dry=config["run"] == "dry", choices=choices)
+    return Parts(
+        **objects,
+        callbacks=callbacks,
+        seed=seed,
+        dry=config["run"] == "dry",
+        start_from=_folder(config["start_from"]),
+        choices=choices,
+    )
+
+
+def _folder(path: Any) -> str | None:
+    if path is not None and not (isinstance(path, str) and Path(path).expanduser().is_dir()):
+        raise SettingError("start_from", path, "null, or the folder of a PEFT adapter")
+    return path
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config on which results depend."""
-    relevant = {key: value for key, value in config.items() if key not in _NO_RESULT}
+    """The part of a config on which results depend; what is off is as if it were not there."""
+    off = [key for key in OFF if config.get(key) is None]
+    relevant = {key: value for key, value in config.items() if key not in (*_NO_RESULT, *off)}
     return relevant | {"data": {key: value for key, value in config["data"].items() if key != "cache_dir"}}
 
 

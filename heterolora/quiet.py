@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 HINTS = (
     ".*does not have many workers.*",  # batches are ready in memory; workers would only cost
@@ -19,3 +21,17 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in HINTS:
         warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """No progress bars of transformers for a while: reading and writing takes moments."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()

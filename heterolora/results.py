@@ -282,9 +282,12 @@ def _code(commit: str | None, versions: Mapping[str, str]) -> str:
 
 
 _NO_METHOD = frozenset(
-    {"seed", "resume", "outputs", "run", "logger", "tournament", "table", "data.cache_dir", "data.root"}
+    {"seed", "resume", "outputs", "run", "logger", "tournament", "table", "export", "data.cache_dir", "data.root"}
 )
 """Values that tell no method from another; seeds are repetitions."""
+
+OFF = ("start_from",)
+"""Keys that are null where they change nothing: then they are as if they were not there."""
 
 _APART = ("task", "model", "logger", "callbacks", "experiment")
 """Choices that name no method: the first two are the section, of the others the values count."""
@@ -343,7 +346,9 @@ def _flat(
     flat: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if name in _NO_METHOD or (key == "seed" and value == seed and name not in given):
+        if name in _NO_METHOD or (name in OFF and value is None):
+            continue
+        if key == "seed" and value == seed and name not in given:
             continue
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, seed, f"{name}.", given)

@@ -18,14 +18,17 @@ import yaml
 from safetensors.torch import save_file
 
 from heterolora.allocation import Allocation
+from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
+from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, site_rows, write_findings
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
+from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.provenance import provenance, versions
 from heterolora.report.files import write_json, write_text, write_whole
@@ -120,6 +123,7 @@ class _Run:
         model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
+        self.parts = parts = replace(parts, allocator=placed(parts.allocator, space.sites))
         budget = parts.budget.resolve(space)
         check_budget(parts.allocator, budget, space, parts.adapter)
         rehearse(parts.allocator, budget, space, parts.adapter)
@@ -132,8 +136,7 @@ class _Run:
         if self.resume is None:  # a resumed run has its ranks from the checkpoint
             callbacks.append(
                 parts.allocation.callback(
-                    lambda lit: self._search(lit, data, backbone),
-                    lambda result: self._found(result, space, backbone.fingerprint),
+                    lambda lit: self._search(lit, data, backbone), lambda result: self._begin(result, model, backbone)
                 )
             )
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
@@ -149,6 +152,7 @@ class _Run:
         metrics = self._evaluate(trainer, module, data, splits.tests if parts.trainer.test else ())
         summary = self._summary(module, metrics, splits, material.origin, backbone, trainer)
         self._write_results(module, summary)
+        self._hand_over(module, data, summary)
         print_summary(summary)
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
@@ -209,6 +213,12 @@ class _Run:
         if self.accept is not None:
             self.accept(allocation)
         return SearchResult(result.scores, allocation, result.seconds)
+
+    def _begin(self, result: SearchResult, model: AdaptedModel, backbone: Backbone) -> None:
+        """The ranks are enabled: fill them if training goes on from an adapter, and write down what was found."""
+        if self.parts.start_from is not None:
+            start_from(model, backbone, self.parts.start_from)
+        self._found(result, model.space, backbone.fingerprint)
 
     def _found(self, result: SearchResult, space: Space, backbone: str) -> None:
         """Write down what was found, before training starts."""
@@ -316,6 +326,19 @@ class _Run:
         metadata = {"format": "heterolora-1", "backbone": str(summary["backbone"])}
         write_whole(self.folder / "adapter.safetensors", lambda path: save_file(state, path, metadata))
         self._join_metrics()
+        write_json(self.folder / "summary.json", {**summary, "metrics": without_nan(summary["metrics"])})
+
+    def _hand_over(self, module: LitAdapted, data: TextData, summary: dict[str, Any]) -> None:
+        """Export the adapters; the run is finished and written down, and stays so whatever comes of it."""
+        if not self.parts.export.peft:
+            return
+        device = next(module.model.backbone.parameters()).device
+        batch = {key: value.to(device) for key, value in next(iter(data.val_dataloader())).items()}
+        allocation = json.loads((self.folder / "allocation.json").read_text())
+        origin = origin_of(self.config, self.parts.task, summary, allocation)
+        summary["export"] = hand_over(
+            module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
+        )
         write_json(self.folder / "summary.json", {**summary, "metrics": without_nan(summary["metrics"])})
 
     def _join_metrics(self) -> None:

@@ -25,6 +25,7 @@ TINY = (
     "probe.head_warmup_steps=2",
     "trainer.max_epochs=2",
     "trainer.accelerator=cpu",
+    "export.peft=false",
 )
 
 

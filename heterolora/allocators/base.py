@@ -10,7 +10,7 @@ from heterolora.budget import SiteCount
 from heterolora.cost import AdditiveCost, Cost
 from heterolora.errors import SettingError
 from heterolora.seeds import derive
-from heterolora.sites import Site
+from heterolora.sites import Port, Site
 
 Gains: TypeAlias = Mapping[str, Sequence[float]]
 """Site name -> value of each unit of rank, never increasing; its length is the largest rank the site may get."""
@@ -135,6 +135,21 @@ def parameters_only(budget: int | SiteCount, allocator: str) -> int:
     if isinstance(budget, SiteCount):
         raise SettingError("budget", "fraction", f"counts sites, which allocator={allocator} cannot; use allocator=top")
     return budget
+
+
+def placed(allocator: Allocator, sites: Sequence[Site]) -> Allocator:
+    """The allocator, with what it was told about modules of a backbone as what that means for the sites at them.
+
+    Only an allocator with a method ``at_modules`` was told of any (``fixed``, from a file of PEFT's).
+
+    Args:
+        allocator: as the config has it.
+        sites: the candidates.
+    """
+    if (at_modules := getattr(allocator, "at_modules", None)) is None:
+        return allocator
+    found: Allocator = at_modules({site.sink.module: site.name for site in sites if isinstance(site.sink, Port)})
+    return found
 
 
 def additive_only(cost: Cost, allocator: str) -> AdditiveCost:

@@ -35,9 +35,18 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("training", _duration(summary["seconds"]["training"]))
     table.add_row("peak memory", f"{summary['peak_memory_mib']:,.0f} MiB")
     table.add_section()
+    if (export := summary.get("export")) is not None:
+        table.add_row("for PEFT", _exported(export), style="red" if export["folder"] is None else None)
     table.add_row("splits", escape(summary["data"]["note"]))
     table.add_row("folder", escape(summary["folder"]))
     return table
+
+
+def _exported(export: Mapping[str, Any]) -> str:
+    if export["folder"] is None:
+        return escape(f"nothing was exported: {export['error']}")
+    without = f"; without {export['not_in_peft']} shortcuts, which PEFT cannot hold" if export["not_in_peft"] else ""
+    return f"{export['folder']}: {export['modules']} modules, {export['parameters']:,} parameters{without}"
 
 
 def _duration(seconds: float) -> str:
