@@ -1,4 +1,4 @@
-"""Find where rank should go, without fine-tuning: ``python search.py task=mrpc 'proxies=[snip,spectral]' budget=qv_r8``."""
+"""Find where rank should go, without fine-tuning: ``python search.py task=mrpc 'proxies=[snip,spectral]'``."""
 
 import hydra
 from omegaconf import DictConfig

@@ -133,7 +133,7 @@ class Pretrained:
                 "model.path", self.path, f"its {size} embeddings have none for the padding token {tokenizer.pad_token}"
             )
         other = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
-        inside = {name for name, _ in model.named_parameters()} - set(_outside(model))
+        inside = {name for name, _ in model.named_parameters()} - set(outside_base(model))
         if wrong := sorted(other & inside):
             raise SettingError("model.path", self.path, f"weights do not fit the config: {wrong[:3]}")
         # A pooler that pretraining did not have is part of the head; anything else that lacks makes another backbone.
@@ -232,7 +232,7 @@ class Tiny:
         with torch.random.fork_rng(devices=[]), _quiet():
             torch.manual_seed(0)
             model = AutoModelForSequenceClassification.from_config(config).eval()  # as pretrained ones come
-        return _finish(self, _cast(model, getattr(torch, self.dtype)), tokenizer, frozenset(_outside(model)), seed)
+        return _finish(self, _cast(model, getattr(torch, self.dtype)), tokenizer, frozenset(outside_base(model)), seed)
 
     def skeleton(self, num_labels: int) -> Skeleton:
         """The same model without weights."""
@@ -273,14 +273,14 @@ def _positions(model: Any) -> int | None:
     return limit if padding is None else limit - padding - 1
 
 
-def _outside(model: Any) -> list[str]:
+def outside_base(model: Any) -> list[str]:
     """Names of the parameters that are not the base model's: the task's head."""
     inside = {id(p) for p in model.base_model.parameters()}
     return [name for name, p in model.named_parameters() if id(p) not in inside]
 
 
 def _finish(settings: Pretrained | Tiny, model: Any, tokenizer: Any, fresh: frozenset[str], seed: int) -> Backbone:
-    trained = fresh.union(_outside(model))
+    trained = fresh.union(outside_base(model))
     head = [name for name, _ in model.named_parameters() if name in trained]
     drawn = tuple(name for name, parameter in model.named_parameters() if name in fresh and parameter.dim() > 1)
     _prepare_tokenizer(tokenizer, model.config)

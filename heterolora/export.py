@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from heterolora import __version__
-from heterolora.adapters.lora import LowRank
+from heterolora.adapters.base import AdapterFamily
+from heterolora.adapters.lora import LoRA, LowRank
 from heterolora.backbone import fingerprint
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
@@ -24,6 +25,7 @@ from heterolora.peft_files import Factors, peft_tensors
 from heterolora.report.card import Exported, Origin, model_card
 from heterolora.report.files import check_new_folder, whole_folder, write_json, write_text
 from heterolora.shortcuts import write_rest
+from heterolora.space import Space
 from heterolora.tasks.base import Task
 
 _log = logging.getLogger(__name__)
@@ -136,6 +138,42 @@ def export_peft(
         )
         write_text(scratch / "README.md", model_card(model.space.sites, found, _settings(model.backbone), origin))
     return found
+
+
+def config_to_train(
+    backbone: nn.Module, head: Iterable[str], space: Space, ranks: Mapping[str, int], family: AdapterFamily
+) -> dict[str, Any]:
+    """The content of an ``adapter_config.json`` for PEFT to train an allocation with, and the head with it.
+
+    PEFT scales by alpha over rank, and is told the alpha that gives the family's scale at each site.
+
+    Args:
+        backbone: the model, with weights or without.
+        head: names of the parameters that are trained with the task.
+        space: the candidates; shortcuts are left out, PEFT cannot hold them.
+        ranks: site name -> rank.
+        family: must be LoRA.
+
+    Raises:
+        SettingError: if no LoRA site has rank, or the adapters are not LoRA.
+    """
+    if not isinstance(family, LoRA):
+        raise SettingError("adapter", type(family).__name__, "only LoRA can be exported")
+    modules = {site.name: module for site in space.sites if (module := module_of(site)) is not None}
+    held = {name: rank for name, rank in ranks.items() if rank and name in modules}
+    saved = head_modules(backbone, frozenset(head))
+    config = adapter_config(
+        space.sites,
+        held,
+        {name: family.scale_at(space[name], rank) for name, rank in held.items()},
+        fold_scale=False,
+        task_type="SEQ_CLS" if saved else None,
+        modules_to_save=saved,
+        base_model=getattr(getattr(backbone, "config", None), "_name_or_path", None) or None,
+        fan_in_fan_out=all(hasattr(backbone.get_submodule(modules[name]), "nx") for name in held),
+        dropout=family.dropout,
+    )
+    return dict(sorted((config | {"inference_mode": False}).items()))
 
 
 @dataclass(frozen=True)

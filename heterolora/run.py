@@ -26,10 +26,12 @@ from omegaconf.errors import OmegaConfBaseException
 from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.farm import WorkerLostError
-from heterolora.parts import NODES, config_hash, make_parts
+from heterolora.parts import NODES, Parts, config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
+from heterolora.searching import Questions, run_search
+from heterolora.shipped import config_folder, option
 from heterolora.tables import TableSettings, table_of
 from heterolora.tournament import Compose, Tournament, forecast, run_tournament
 from heterolora.training import Resume, run_training
@@ -59,10 +61,7 @@ def train(cfg: DictConfig) -> float:
     quieten()
     with _status(folder) as status:
         _check_choices(choices, hydra.overrides.task)
-        try:
-            config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        except OmegaConfBaseException as error:
-            raise SettingError("config", error.full_key or "?", str(error).splitlines()[0]) from error
+        config = _resolved(cfg)
         if config["tournament"] is not None:
             _hold_tournament(config, hydra.overrides.task)
             return math.nan
@@ -83,6 +82,85 @@ def train(cfg: DictConfig) -> float:
         return math.nan
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
+
+
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise SettingError("config", error.full_key or "?", str(error).splitlines()[0]) from error
+    found: dict[str, Any] = config
+    return found
+
+
+def search(cfg: DictConfig) -> None:
+    """One search without fine-tuning, in the folder that Hydra made for it.
+
+    Raises:
+        RunFailed: for anything that a user can mend, with one line that says what.
+    """
+    hydra = HydraConfig.get()
+    folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
+    choices = own_choices(hydra.runtime.choices)
+    quieten()
+    with _status(folder) as status:
+        _check_choices(choices, overrides)
+        config = _resolved(cfg)
+        for key, only in (("tournament", None), ("run", "full"), ("resume", False), ("start_from", None)):
+            if config[key] != only:
+                raise SettingError(key, config[key], f"is for train.py; a search has {str(only).lower()} there")
+        parts = make_parts(config, choices)
+        status["overrides"] = overrides
+        write_json(folder / "status.json", status)
+        run_search(parts, config, folder, _questions(parts, config, overrides))
+
+
+def _questions(parts: Parts, config: Mapping[str, Any], overrides: Sequence[str]) -> Questions:
+    """What ``proxies``, ``budgets``, ``scores`` and ``resamples`` ask for."""
+    chosen = {group: str(parts.choices.get(group)) for group in ("proxy", "budget")}
+    proxies: dict[str, Any] = {chosen["proxy"]: config["proxy"]}
+    first = chosen["proxy"]
+    if config["proxies"] is not None:
+        proxies = dict(_named("proxies", name, "proxy") for name in _list(config, "proxies"))
+        given = any(text.startswith("proxy=") for text in overrides)
+        if given and first not in proxies:
+            raise SettingError("proxy", first, f"allocates, and must be one of proxies={list(proxies)}")
+        if first in proxies:
+            proxies[first] = config["proxy"]  # with the arguments that were given
+        else:
+            first = next(iter(proxies))
+    elif parts.allocator.gain_rule is None:
+        proxies = {}  # scores would serve nothing
+    budgets: dict[str, Any] = {chosen["budget"]: config["budget"]}
+    if config["budgets"] is not None:
+        budgets = dict(_named("budgets", name, "budget") for name in _list(config, "budgets"))
+    if not isinstance(config["resamples"], int) or config["resamples"] < 0:
+        raise SettingError("resamples", config["resamples"], "a whole number of at least 0")
+    scores = config["scores"]
+    return Questions(
+        proxies={name: build(node, "proxies") for name, node in proxies.items()},
+        first=first,
+        budgets={name: build(node, "budgets") for name, node in budgets.items()},
+        nodes=proxies | budgets,
+        scores=None if scores is None else Path(scores).expanduser(),
+        resamples=config["resamples"],
+    )
+
+
+def _list(config: Mapping[str, Any], setting: str) -> list[Any]:
+    given = config[setting]
+    if not isinstance(given, list) or not given or len({str(item) for item in given}) < len(given):
+        raise SettingError(setting, given, f"a list of different names, such as '{setting}=[a,b]'; or null")
+    return given
+
+
+def _named(setting: str, given: Any, group: str) -> tuple[str, dict[str, Any]]:
+    """Name and node of an entry of a list: an option of the group, a number of parameters, or a node of its own."""
+    if isinstance(given, dict) and isinstance(given.get("_target_"), str):
+        return given["_target_"].rpartition(".")[2].lower(), given
+    if group == "budget" and isinstance(given, int) and not isinstance(given, bool):
+        return str(given), {**option("budget", "params"), "value": given}
+    return str(given), option(group, str(given), setting)
 
 
 def _hold_tournament(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
@@ -154,9 +232,7 @@ def composer() -> Iterator[Compose]:
     if GlobalHydra.instance().is_initialized():
         yield _compose
         return
-    packaged = Path(__file__).parent / "conf"
-    folder = packaged if packaged.is_dir() else Path(__file__).parents[1] / "conf"
-    with initialize_config_dir(str(folder), version_base="1.3"):
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
         yield _compose
 
 

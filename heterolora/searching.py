@@ -12,18 +12,21 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from torch import nn
 
 from heterolora.agreement import Agreement, agree
 from heterolora.allocation import Allocation
-from heterolora.allocators.base import Allocator
+from heterolora.allocators.base import Allocator, placed
+from heterolora.backbone import outside_base
 from heterolora.budget import Budget, SiteCount
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.errors import SettingError
+from heterolora.export import config_to_train
 from heterolora.findings import Scores, read_scores, write_findings
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
-from heterolora.peft_config import module_of
+from heterolora.peft_config import CONFIG, module_of
 from heterolora.provenance import provenance
 from heterolora.proxies.base import Proxy, check_scores, leading, total
 from heterolora.report.files import write_json, write_text, write_whole
@@ -60,9 +63,16 @@ class Questions:
 
 @dataclass(frozen=True)
 class _Found:
-    """Scores, and what is known about them."""
+    """Scores, and what is known about them.
+
+    Attributes:
+        backbone: with weights or without.
+        head: names of its parameters that are trained with the task.
+    """
 
     space: Space
+    backbone: nn.Module
+    head: Sequence[str]
     scores: Scores | None
     agreement: Agreement | None
     fingerprint: str | None
@@ -124,11 +134,11 @@ def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Que
             }
             for (budget, proxy), allocation in allocations.items()
         ],
-        "left_out_of_peft": _left_out(found.space, main),
+        "left_out_of_peft": _left_out(found.space, parts, main),
         "folder": str(folder),
     }
     write_json(folder / "search.json", summary)
-    print_search(found.space, parts.adapter, main, found.scores, found.agreement, summary)
+    print_search(found.space, parts.adapter, main, found.agreement, summary)
     return summary
 
 
@@ -153,7 +163,8 @@ def _given(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_
     kept = Scores(asked.first, chosen, scores.rows, scores.backbone)
     agreement = agree(_vectors(parts.allocator, space, kept), {}) if len(chosen) > 1 else None
     seconds = {"reading": time.perf_counter() - start}
-    return _Found(space, kept, agreement, scores.backbone, seconds, {}), config
+    head = outside_base(skeleton.model)
+    return _Found(space, skeleton.model, head, kept, agreement, scores.backbone, seconds, {}), config
 
 
 def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_Found, Mapping[str, Any]]:
@@ -192,7 +203,8 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
         agreement = _agreement(parts.allocator, space, scores, result.resampled)
         seconds |= {"scoring": time.perf_counter() - ready, **{f"of it {n}": s for n, s in result.seconds.items()}}
     memory = {"process, model loaded": loaded, "peak above it": None if loaded is None else peak_mib() - loaded}
-    return _Found(space, scores, agreement, backbone.fingerprint, seconds, memory), config
+    fingerprint, head = backbone.fingerprint, backbone.head
+    return _Found(space, backbone.model, head, scores, agreement, fingerprint, seconds, memory), config
 
 
 def _check(parts: Parts, space: Space, asked: Questions) -> None:
@@ -201,7 +213,7 @@ def _check(parts: Parts, space: Space, asked: Questions) -> None:
         try:
             resolved = budget.resolve(space)
             check_budget(parts.allocator, resolved, space, parts.adapter)
-            rehearse(parts.allocator, resolved, space, parts.adapter)
+            rehearse(placed(parts.allocator, space.sites), resolved, space, parts.adapter)
         except SettingError as error:
             if len(asked.budgets) == 1:
                 raise
@@ -248,7 +260,7 @@ def _allocations(
         resolved: int | SiteCount = budget.resolve(found.space)
         for proxy in names:
             scores = found.scores.scores[proxy] if parts.allocator.gain_rule is not None and found.scores else None
-            got = allocate(parts.allocator, scores, resolved, found.space, parts.adapter)
+            got = allocate(placed(parts.allocator, found.space.sites), scores, resolved, found.space, parts.adapter)
             origin = provenance(
                 config,
                 found.fingerprint,
@@ -266,14 +278,16 @@ def _write(folder: Path, parts: Parts, found: _Found, allocation: Allocation, pr
     if scores is not None and proxy in scores.scores:
         scores = replace(scores, proxy=proxy)
     write_findings(folder, found.space, scores, allocation, parts.adapter, title)
-    if len(_left_out(found.space, allocation)["sites"]) < len(allocation.active):
-        scales = {name: parts.adapter.scale_at(found.space[name], rank) for name, rank in allocation.active.items()}
-        write_json(folder / "adapter_config.json", peft_config(found.space, allocation, scales, str(parts.model.path)))
+    if set(allocation.active) - set(_left_out(found.space, parts, allocation)["sites"]):
+        config = config_to_train(found.backbone, found.head, found.space, allocation.ranks, parts.adapter)
+        write_json(folder / CONFIG, config)
 
 
-def _left_out(space: Space, allocation: Allocation) -> dict[str, Any]:
-    """Sites with rank that PEFT cannot hold."""
-    return {"sites": [name for name in allocation.active if module_of(space[name]) is None]}
+def _left_out(space: Space, parts: Parts, allocation: Allocation) -> dict[str, Any]:
+    """Sites with rank that PEFT cannot hold, and their parameters."""
+    names = [name for name in allocation.active if module_of(space[name]) is None]
+    cost = parts.adapter.cost(space.sites)
+    return {"sites": names, "parameters": cost({name: allocation.ranks[name] for name in names})}
 
 
 def _score_table(space: Space, scores: Scores) -> pd.DataFrame:
