@@ -317,7 +317,6 @@ def _allocation(record: Record) -> Block | None:
         ("Score of each site", maps),
         ("Score and rank", pairs),
         ("Parameters of each layer", [("", figures.parameters_by_layer(record.sites))] if _amounts(record) else []),
-        ("Proxies against each other", _pairs(scored, {site.name: site.family for site in record.sites})),
     )
 
 
@@ -352,7 +351,8 @@ def _learned(record: Record) -> Block | None:
 def _decisions(record: Record) -> Block | None:
     if not record.history:
         return None
-    areas = figures.share_areas(record.sites, record.history)
+    end = max((points[-1][0] for points in record.curves.values()), default=0)
+    areas = figures.share_areas(record.sites, record.history, end)
     return _block(
         "Decisions of the dynamic run",
         f"{len(record.history)} decisions. Sites that never had rank are left out of the history.",

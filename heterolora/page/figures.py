@@ -5,7 +5,7 @@ Texts of figures are a kind of HTML to plotly, so every name that a user may hav
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, TypeAlias
 
@@ -469,12 +469,23 @@ def spectra_lines(sites: Sequence[Place], spectra: Mapping[str, Spectrum]) -> Fi
                 showlegend=False,
             )
         )
+    most = max((len(found.values) for found in spectra.values()), default=1)
     layout = _layout(
         height=330,
-        xaxis={"title": {"text": "number of the singular value"}},
-        yaxis={"title": {"text": "singular value"}, "type": "log", "dtick": "D2"},
+        xaxis={"title": {"text": "number of the singular value"}, "dtick": 1 if most <= 12 else 4},
+        yaxis={"title": {"text": "singular value"}, "type": "log", **_log_ticks(spectra.values())},
     )
     return _figure(traces, layout)
+
+
+def _log_ticks(spectra: Iterable[Spectrum]) -> dict[str, Any]:
+    """1, 2 and 5 times the powers of ten that positive values span; powers alone if these are many."""
+    values = [value for found in spectra for value in found.values if value > 0]
+    if not values:
+        return {}
+    powers = range(math.floor(math.log10(min(values))), math.floor(math.log10(max(values))) + 2)
+    ticks = [float(f"{digit}e{power}") for power in powers for digit in ((1, 2, 5) if len(powers) <= 4 else (1,))]
+    return {"tickmode": "array", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def history_map(sites: Sequence[Place], history: Sequence[Decision]) -> Figure:
@@ -527,18 +538,25 @@ def frequency_map(sites: Sequence[Place], history: Sequence[Decision]) -> Figure
     )
 
 
-def share_areas(sites: Sequence[Place], history: Sequence[Decision]) -> Figure | None:
-    """Share of the parameters at each family of sites over time; None where costs are not known."""
+def share_areas(sites: Sequence[Place], history: Sequence[Decision], end: int) -> Figure | None:
+    """Share of the parameters at each family of sites over time; None where costs are not known.
+
+    Args:
+        sites: of the run.
+        history: its decisions.
+        end: the run's last step, until which the last decision was in force.
+    """
     units = {site.name: site.unit for site in sites if site.unit is not None}
     names = history[0].ranks.keys() if history else set()
     if not names or names - units.keys():
         return None
     shares = shares_by_label([d.ranks for d in history], units, {site.name: site.family for site in sites})
     steps = [decision.step for decision in history]
+    steps.append(max(end, steps[-1]))
     traces = [
         go.Scatter(
             x=steps,
-            y=[None if math.isnan(share) else share for share in values],
+            y=[None if math.isnan(share) else share for share in (*values, values[-1])],
             name=escape(label, quote=False),
             stackgroup="all",
             mode="lines",
@@ -579,7 +597,7 @@ def _layout(height: int, least: int = 300, **more: Any) -> dict[str, Any]:
         "height": height,
         "meta": {"least": least},
         "margin": {"l": 60, "r": 12, "t": 8, "b": 44},
-        "font": {"family": "system-ui, sans-serif", "size": 12.5, "color": _INK},
+        "font": {"family": "system-ui, sans-serif", "size": 13, "color": _INK},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "dragmode": False,

@@ -201,7 +201,8 @@
     for (const button of document.querySelectorAll("button[data-run]")) {
       button.addEventListener("click", async () => {
         await show(Number(button.dataset.run));
-        document.getElementById("run").scrollIntoView({ behavior: "smooth" });
+        const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+        document.getElementById("run").scrollIntoView({ behavior: still ? "instant" : "smooth" });
       });
     }
     const overview = await unpack(content.overview);
