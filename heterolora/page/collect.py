@@ -107,10 +107,15 @@ def _records(folders: Sequence[Path]) -> tuple[list[Record], list[str]]:
                 records |= {record.place.resolve(): record for record in _of_rows(place, notes)}
             if "status.json" in files:
                 record = read_record(place)
-                if not record.state.startswith(_NOTHING) and (record.sites or record.state != "finished"):
+                if not record.state.startswith(_NOTHING) and _has_something(record):
                     variants = read_variants(place, record)
                     records |= {one.place.resolve(): one for one in (record, *variants)}
     return list(records.values()), notes
+
+
+def _has_something(record: Record) -> bool:
+    """Whether there is something to show or to tell; a tournament's own log has nothing."""
+    return bool(record.sites or record.summary or record.notes) or record.state != "finished"
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:

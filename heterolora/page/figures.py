@@ -585,14 +585,8 @@ def _bar(values: Sequence[float] | None = None, texts: Sequence[str] | None = No
 
 
 def _layout(height: int, least: int = 300, **more: Any) -> dict[str, Any]:
-    axis = {
-        "gridcolor": _LINES,
-        "linecolor": _LINES,
-        "zerolinecolor": _LINES,
-        "fixedrange": True,
-        "automargin": True,
-        "ticks": "",
-    }
+    axis: dict[str, Any] = {"gridcolor": _LINES, "linecolor": _LINES, "zerolinecolor": _LINES, "ticks": ""}
+    axis |= {"fixedrange": True, "automargin": True}
     layout = {
         "height": height,
         "meta": {"least": least},
@@ -601,12 +595,20 @@ def _layout(height: int, least: int = 300, **more: Any) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "dragmode": False,
-        "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "bordercolor": "#8793a1", "font": {"size": 13}},
+        "hoverlabel": {
+            "align": "left",
+            "bgcolor": "#ffffff",
+            "bordercolor": "#8793a1",
+            "font": {"size": 13, "color": _INK},
+        },
         "legend": {"orientation": "h", "x": 0, "y": 1, "xanchor": "left", "yanchor": "bottom"},
         "template": go.layout.Template(),  # plotly's own is 7 kB a figure
     }
-    own = {name: {**axis, **more.pop(name, {})} for name in ("xaxis", "yaxis")}
-    return layout | own | more
+    for name in ("xaxis", "yaxis"):
+        own = more.pop(name, {})
+        title = {**own.get("title", {}), "font": {"size": 13}}
+        layout[name] = {**axis, **own, "title": title}
+    return layout | more
 
 
 def _figure(traces: Sequence[Any], layout: Mapping[str, Any]) -> Figure:
