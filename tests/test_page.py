@@ -217,7 +217,8 @@ def test_what_a_search_says_about_agreement_and_its_other_allocations_are_there(
     ranks = ranks_of(space, 5)
     found = Allocation(ranks, FAMILY.cost(space.sites)(ranks), None, {"adapter": ADAPTER})
     write_json(other / "allocation.json", found.as_dict())
-    _, runs = content_of(page_of(folder))
+    overview, runs = content_of(page_of(folder))
+    assert [block["title"] for block in overview] == ["Proxies against each other"]  # not once more for the second
     assert [run["title"] for run in runs] == ["a search", "a search; qv_r2, snip"]
     block = next(block for block in runs[0]["blocks"] if block["title"] == "Agreement of the proxies")
     assert "snip 0.500 [0.300, 0.750]" in block["text"]

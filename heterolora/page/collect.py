@@ -191,6 +191,8 @@ def _agreements(runs: Sequence[Run]) -> list[Agreement]:
     scored: dict[tuple[str, tuple[str, ...]], dict[int, dict[str, Mapping[str, float]]]] = {}
     for run in runs:
         record, result = run.record, run.result
+        if record.variant:
+            continue
         section, seed = (record.title, 0) if result is None else (result.section, result.seed)
         key = section, tuple(site.name for site in record.sites)
         for proxy, scores in record.scores.items():

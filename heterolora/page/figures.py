@@ -36,8 +36,8 @@ _SHARES: Sequence[Sequence[Any]] = [
 ]
 """Of shares: nothing is grey, then Cividis, light to dark."""
 
-_CELL, _ROW = 34, 27
-"""Pixels of a map's cell, across and down."""
+_CELL, _NARROW, _ROW = 34, 27, 27
+"""Pixels of a map's cell: across, across where there are more than 16 layers, and down."""
 
 _WIDE_RANGE = 50
 """Positive scores whose largest is more than so many times their smallest are shown in powers of ten."""
@@ -91,7 +91,7 @@ class Grid:
         longest = max(map(len, self.labels), default=0)
         layout = _layout(
             height=_ROW * len(self.labels) + 74,
-            least=7 * longest + _CELL * len(self.layers) + 92,
+            least=7 * longest + (_CELL if len(self.layers) <= 16 else _NARROW) * len(self.layers) + 92,
             margin={"l": 7 * longest + 18, "r": 8, "t": 6, "b": 44},
             xaxis={"title": {"text": "layer"}, "tickmode": "array", "tickvals": self.layers, "showgrid": False},
             yaxis={"autorange": "reversed", "showgrid": False, "ticklabelstandoff": 4},
@@ -512,8 +512,8 @@ def history_map(sites: Sequence[Place], history: Sequence[Decision]) -> Figure:
     layout = _layout(
         height=max(160, 17 * len(shown) + 60),
         least=7 * longest + 14 * len(history) + 60,
-        margin={"l": 7 * longest + 18, "r": 10, "t": 6, "b": 44},
-        xaxis={"title": {"text": "from step"}, "type": "category", "showgrid": False, "nticks": 12},
+        margin={"l": 7 * longest + 18, "r": 10, "t": 44, "b": 6},  # steps above: tall ones scroll in their box
+        xaxis={"title": {"text": "from step"}, "side": "top", "type": "category", "showgrid": False, "nticks": 12},
         yaxis={"autorange": "reversed", "type": "category", "showgrid": False, "tickfont": {"size": 11}, "dtick": 1},
     )
     return _figure([heatmap], layout)

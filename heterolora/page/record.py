@@ -73,6 +73,7 @@ class Record:
         summary: of a training run; empty without.
         search: of a search; empty without.
         notes: what could not be read, one sentence each.
+        variant: whether it is a further allocation of a search, whose scores another record has too.
     """
 
     place: Path
@@ -90,6 +91,7 @@ class Record:
     summary: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    variant: bool = False
 
 
 def read_record(folder: Path) -> Record:
@@ -136,9 +138,8 @@ def read_variants(folder: Path, record: Record) -> list[Record]:
         one = _allocated(path.parent, sites, read)
         title = f"{record.title}; {budget}, {proxy}"
         known = proxy if proxy in record.scores else None
-        found.append(
-            replace(one, title=title, state=record.state, proxy=known, scores=record.scores, notes=tuple(read.notes))
-        )
+        one = replace(one, title=title, state=record.state, proxy=known, scores=record.scores)
+        found.append(replace(one, notes=tuple(read.notes), variant=True))
     return found
 
 

@@ -134,7 +134,7 @@
 
   function panelOf(panel, block) {
     const plot = make("div", { class: "plot" });
-    plot.style.minHeight = `${panel.choices[0].figure.layout.height}px`;
+    plot.style.minHeight = `${Math.min(640, panel.choices[0].figure.layout.height)}px`;
     const caption = make("figcaption", {}, ...(panel.caption ? [make("span", {}, panel.caption)] : []));
     wanted.set(plot, panel.choices[0].figure);
     if (panel.choices.length > 1) {
@@ -156,7 +156,9 @@
     });
     caption.append(save);
     watcher.observe(plot);
-    return make("figure", {}, caption, plot);
+    const { height, meta } = panel.choices[0].figure.layout;
+    if (height > 640) plot.classList.add("tall");
+    return make("figure", { class: meta.least > 600 ? "wide" : undefined }, caption, plot);
   }
 
   function blockOf(block, level, tag) {
