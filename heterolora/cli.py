@@ -1,4 +1,4 @@
-"""``python -m heterolora sites | evaluate | predict | merge | table``: a backbone's sites, one run, many runs."""
+"""``python -m heterolora sites | evaluate | predict | merge | table | report``: a backbone's sites, one run, many."""
 
 import argparse
 import json
@@ -65,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table.add_argument("--format", choices=["terminal", "csv", "markdown", "latex"], default="terminal")
     table.add_argument("--output", type=Path, help="file for it (default: stdout)")
     table.set_defaults(run=_table)
+
+    report = commands.add_parser("report", help="one HTML page about runs: allocations, scores, curves, a table")
+    report.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, or a folder with runs")
+    report.add_argument("--output", type=Path, metavar="FILE.html", help="the page (default: report.html in DIR)")
+    report.set_defaults(run=_report)
 
     given = parser.parse_args(arguments)
     try:
@@ -177,6 +182,19 @@ def _table(given: argparse.Namespace) -> None:
         write_text(given.output, FORMATS[given.format](table.sections))
     if table.missing:
         sys.stderr.write(f"{table.missing}\n")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from heterolora.page.render import write_page
+
+    if given.output is None and len(given.folders) > 1:
+        raise SettingError("--output", None, "several folders need the name of a file for their page")
+    _check_output(given.output)
+    path = given.output or given.folders[0] / "report.html"
+    collected = write_page(given.folders, path)
+    for note in collected.notes:
+        sys.stderr.write(f"{note}\n")
+    sys.stdout.write(f"{path}\n")
 
 
 def _check_output(path: Path | None) -> None:

@@ -121,8 +121,8 @@ class Found:
     declared: Mapping[str, Declared]
 
 
-def find_results(folder: Path) -> Found:
-    """All runs below a folder: run folders of ``train.py``, and the rows of tournaments, each a section of its own.
+def find_results(folder: Path, *more: Path) -> Found:
+    """All runs below folders: run folders of ``train.py``, and the rows of tournaments, each a section of its own.
 
     Runs of one section are one group if their configs differ in the seed alone. A group's name is what tells it from
     the others; in a tournament, the name of the method.
@@ -131,13 +131,16 @@ def find_results(folder: Path) -> Found:
         SettingError: if there is no such folder, no finished run in it, a file is damaged, or a control differs from
             the run that it repeats.
     """
-    if not folder.is_dir():
-        raise SettingError("DIR", folder, "no such folder")
+    folders = (folder, *more)
+    for given in folders:
+        if not given.is_dir():
+            raise SettingError("DIR", given, "no such folder")
     results: list[Result] = []
     unfinished: dict[str, str] = {}
     declared: dict[str, Declared] = {}
     runs: list[_Run] = []
-    for path, kind in _walk(folder):
+    places = {path.resolve(): (path, kind) for given in folders for path, kind in _walk(given)}  # each counts once
+    for path, kind in places.values():
         if kind == ROWS:
             name, said = _declaration(path)
             done, open_ones = _from_rows(path / ROWS, name)
@@ -152,12 +155,12 @@ def find_results(folder: Path) -> Found:
         if status.get("state") not in ("finished", "planned", "continued"):
             unfinished[str(path)] = str(status.get("state"))
         elif status["state"] == "finished" and (path / "summary.json").exists():  # a tournament's own log has none
-            given = status.get("overrides", [])
-            runs.append(_Run(path, _read_json(path / "summary.json"), _read_yaml(path / "config.yaml"), given))
+            asked = status.get("overrides", [])
+            runs.append(_Run(path, _read_json(path / "summary.json"), _read_yaml(path / "config.yaml"), asked))
     results += _from_runs(runs)
     if not results:
         states = f"; unfinished: {unfinished}" if unfinished else ""
-        raise SettingError("DIR", folder, f"holds no finished run{states}")
+        raise SettingError("DIR", " ".join(map(str, folders)), f"holds no finished run{states}")
     return Found(tuple(results), unfinished, declared)
 
 
@@ -175,14 +178,17 @@ def _declaration(folder: Path) -> tuple[str, Declared | None]:
 def _walk(folder: Path) -> Iterator[tuple[Path, str]]:
     """Folders with rows, whose own run folders are passed over, and run folders; jobs in the order of their number."""
     for place, inner, files in os.walk(folder):
-        inner.sort(
-            key=lambda name: [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-        )
+        inner.sort(key=by_number)
         for kind in (ROWS, "status.json"):
             if kind in files:
                 yield Path(place), kind
                 inner.clear()
                 break
+
+
+def by_number(name: str) -> list[tuple[int, str]]:
+    """Sorts names with the numbers in them as numbers: job 9 comes before job 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _from_rows(path: Path, tournament: str) -> tuple[list[Result], dict[str, str]]:

@@ -1,7 +1,9 @@
 """Sites: the places of a backbone that can carry a low-rank map from a source to a sink."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 Kind: TypeAlias = Literal["lora", "shortcut"]
 
@@ -85,3 +87,39 @@ class Site:
 def site_name(stream: str, layer: int, role: str, span: int | None = None) -> str:
     """``<layer>.<role>``; for spans above 2 with ``_s<span>``; where there are several streams, after ``<stream>.``."""
     return (f"{stream}." if stream else "") + f"{layer}.{role}" + (f"_s{span}" if (span or 0) > 2 else "")
+
+
+def site_from(values: Mapping[str, Any]) -> Site:
+    """The site that ``Site.as_dict`` wrote.
+
+    Raises:
+        ValueError: if a value is missing or cannot be one of a site.
+    """
+    texts, numbers = ("name", "kind", "role", "stream"), ("layer", "in_features", "out_features")
+    wrong = [key for key in (*texts, "source", "sink") if not isinstance(values.get(key), str)]
+    wrong += [key for key in numbers if not isinstance(values.get(key), int)]
+    if wrong or values["kind"] not in get_args(Kind):
+        raise ValueError(f"no site: {', '.join(wrong) or 'kind'} cannot be read in {dict(values)}")
+    kept = {key: values[key] for key in (*texts, *numbers)}
+    return Site(**kept, source=_point(values["source"]), sink=_point(values["sink"]))
+
+
+def _point(text: str) -> Point:
+    if tap := re.fullmatch(r"(?:(\w+)\.)?t(\d+)", text):
+        return Tap(int(tap[2]), tap[1] or "")
+    module, _, side = text.rpartition(".")
+    if side not in ("in", "out"):
+        raise ValueError(f"no point of a model: {text!r}")
+    return Port(module, "in" if side == "in" else "out")
+
+
+def split_name(name: str) -> tuple[int, str]:
+    """Layer and label (``Site.label``) of a site's name, for whoever has the name alone.
+
+    Raises:
+        ValueError: if it is no name of a site.
+    """
+    parts = re.fullmatch(r"(?:([^\d.][^.]*)\.)?(\d+)\.(.+)", name)
+    if parts is None:
+        raise ValueError(f"no name of a site: {name!r}")
+    return int(parts[2]), (f"{parts[1]}." if parts[1] else "") + parts[3]

@@ -90,7 +90,15 @@ def table_of(folder: Path, settings: TableSettings) -> FolderTable:
     Raises:
         SettingError: if there are none, budgets are unequal, or a name does not exist.
     """
-    found = find_results(folder)
+    return tabulate(find_results(folder), settings)
+
+
+def tabulate(found: Found, settings: TableSettings) -> FolderTable:
+    """Compare runs that were found.
+
+    Raises:
+        SettingError: if budgets are unequal, or a name does not exist.
+    """
     settings = _as_declared(settings, found)
     sections = compare(
         found.results,
