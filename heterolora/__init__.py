@@ -1,13 +1,27 @@
 """heterolora: where low-rank fine-tuning budgets are decided."""
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds, and questions about configs need none
+    from heterolora.library import FoundAllocation, attach, search
     from heterolora.loading import LoadedRun
     from heterolora.model import AdaptedModel
+    from heterolora.peft_in import from_peft
+
+__all__ = ["FoundAllocation", "__version__", "attach", "from_peft", "load", "load_run", "search"]
 
 __version__ = "0.1.0"
+
+_LATER = {"FoundAllocation": "library", "attach": "library", "search": "library", "from_peft": "peft_in"}
+
+
+def __getattr__(name: str) -> Any:
+    """What takes seconds to import is imported when it is asked for."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
 
 
 def load(folder: str | Path, device: str = "cpu") -> "AdaptedModel":

@@ -33,6 +33,16 @@ _log = logging.getLogger(__name__)
 Logits = Callable[[nn.Module], torch.Tensor]
 """What a model, ours or PEFT's, answers to one fixed batch."""
 
+_TASK_TYPES = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+"""How transformers names its classes, and what PEFT calls what they are for."""
+
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 1e-1, torch.float16: 1e-2}
 """Largest difference of two logits, as a share of the largest logit, that rounding explains.
 
@@ -167,7 +177,7 @@ def config_to_train(
         held,
         {name: family.scale_at(space[name], rank) for name, rank in held.items()},
         fold_scale=False,
-        task_type="SEQ_CLS" if saved else None,
+        task_type=next((kind for end, kind in _TASK_TYPES.items() if type(backbone).__name__.endswith(end)), None),
         modules_to_save=saved,
         base_model=getattr(getattr(backbone, "config", None), "_name_or_path", None) or None,
         fan_in_fan_out=all(hasattr(backbone.get_submodule(modules[name]), "nx") for name in held),

@@ -66,18 +66,33 @@ def read_scores(path: Path, setting: str) -> Scores:
     Raises:
         SettingError: if it cannot be read, or holds no scores of ours.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(setting, path, f"cannot be read ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
-        raise SettingError(setting, path, f"holds no scores of format {FORMAT} (its format: {found})")
+    content = read_json(path, setting)
+    if content.get("format") != FORMAT:
+        raise SettingError(setting, path, f"holds no scores of format {FORMAT} (its format: {content.get('format')})")
     try:
         scores = {proxy: {site: _score(value) for site, value in of.items()} for proxy, of in content["scores"].items()}
         return Scores(content["proxy"], scores, content["rows"], content["backbone"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SettingError(setting, path, f"its scores are damaged ({type(error).__name__}: {error})") from error
+
+
+def read_json(path: Path, setting: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        path: the file.
+        setting: what named it, for messages.
+
+    Raises:
+        SettingError: if it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(setting, path, f"cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise SettingError(setting, path, "is no JSON object")
+    return content
 
 
 def _score(value: Any) -> Score:

@@ -375,7 +375,7 @@ class _Pass:
     def _room(self) -> int:
         """Numbers for which a training step with an adapter at every site has room, on the largest batch."""
         model = self.bench.model
-        batch = max(self.bench.batches, key=lambda batch: sum(value.numel() for value in batch.values()))
+        batch = max(self.bench.batches, key=_size)
         mib = []
         with model.swapped(self.adapters):
             for training in (True, False):
@@ -426,6 +426,10 @@ def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], prob
         raise SettingError(
             "probe.head_warmup_steps", probe.head_warmup_steps, "there are no batches to warm up on; use 0"
         )
+
+
+def _size(batch: Batch) -> int:
+    return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
 
 @contextmanager

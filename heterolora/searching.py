@@ -104,7 +104,7 @@ def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Que
         torch.set_num_threads(threads)
     allocations = _allocations(parts, config, asked, found)
     write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-    for (budget, proxy), allocation in allocations.items():
+    for (budget, proxy), allocation in allocations.items() if len(allocations) > 1 else ():
         inner = folder / "allocations" / budget / proxy
         inner.mkdir(parents=True)
         _write(inner, parts, found, allocation, proxy, _title(parts, budget, proxy))
@@ -130,7 +130,7 @@ def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Que
                 "parameters": allocation.spent,
                 "allowed": allocation.budget,
                 "sites": len(allocation.active),
-                "folder": f"allocations/{budget}/{proxy}",
+                "folder": f"allocations/{budget}/{proxy}" if len(allocations) > 1 else ".",
             }
             for (budget, proxy), allocation in allocations.items()
         ],

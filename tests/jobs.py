@@ -29,11 +29,11 @@ TINY = (
 )
 
 
-def compose_job(*overrides: str):
+def compose_job(*overrides: str, config: str = "train"):
     """The config of a job, Hydra's part included."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides), return_hydra_config=True)
+        return compose(config, overrides=list(overrides), return_hydra_config=True)
 
 
 def run_job(folder: Path, *overrides: str) -> dict:
@@ -47,9 +47,9 @@ def run_job(folder: Path, *overrides: str) -> dict:
     return summary
 
 
-def prepare(folder: Path, *overrides: str) -> DictConfig:
+def prepare(folder: Path, *overrides: str, config: str = "train") -> DictConfig:
     """The job's config, with Hydra told where it runs."""
-    cfg = compose_job(*TINY, f"outputs={folder.parent}", *overrides)
+    cfg = compose_job(*TINY, f"outputs={folder.parent}", *overrides, config=config)
     cfg.hydra.runtime.output_dir = str(folder)
     cfg.hydra.runtime.cwd = str(Path.cwd())
     cfg.hydra.overrides.task = list(overrides)

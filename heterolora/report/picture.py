@@ -29,7 +29,13 @@ def _family(site: Site) -> tuple[str, int]:
 
 
 def draw_allocation(space: Space, allocation: Allocation, title: str, path: Path) -> None:
-    """Write a PNG. Sites without rank are grey, places without a site stay white."""
+    """Write a PNG of ``allocation_figure``."""
+    figure = allocation_figure(space, allocation, title)
+    write_whole(path, lambda scratch: figure.savefig(scratch, dpi=130))
+
+
+def allocation_figure(space: Space, allocation: Allocation, title: str) -> Figure:
+    """Sites without rank are grey, places without a site stay white."""
     roles, layers, grid = rank_grid(space, allocation)
     values = np.array([[np.nan if rank is None else rank for rank in row] for row in grid], dtype=float)
     figure = Figure(figsize=(2.6 + 0.48 * max(len(layers), 8), 1.6 + 0.34 * len(roles)), layout="constrained")
@@ -52,4 +58,4 @@ def draw_allocation(space: Space, allocation: Allocation, title: str, path: Path
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     figure.colorbar(image, label="rank", shrink=0.9, ticks=MaxNLocator(integer=True))
-    write_whole(path, lambda scratch: figure.savefig(scratch, dpi=130))
+    return figure
