@@ -77,6 +77,7 @@ def merge(run: LoadedRun, out: Path, dtype: Dtype | None = None) -> Merged:
     target = next(model.backbone.parameters()).dtype if dtype is None else getattr(torch, dtype)
     with model.disabled():
         plain = _shared_copy(model.backbone)
+    _forget_quantiser(plain)
     _fold(plain, {module: on[name] for name, module in places.items()})
     _settle(plain, target)
     _name_classes(plain, run)
@@ -112,6 +113,20 @@ def _shared_copy(backbone: nn.Module) -> Any:
     """A model of its own whose tensors are the backbone's."""
     tensors = (*backbone.parameters(), *backbone.buffers())
     return copy.deepcopy(backbone, {id(value): value for value in tensors})
+
+
+def _forget_quantiser(plain: Any) -> None:
+    """Weights from a GGUF file are plain numbers once they are read, but transformers would not write them."""
+    if (quantiser := getattr(plain, "hf_quantizer", None)) is None:
+        return
+    method = quantiser.quantization_config.quant_method
+    if (name := str(getattr(method, "value", method))) != "gguf":
+        raise SettingError(
+            "RUN", name, "weights quantised like this cannot be folded into; PEFT loads the run's export"
+        )
+    plain.hf_quantizer, plain.is_quantized = None, False
+    if hasattr(plain.config, "quantization_config"):
+        del plain.config.quantization_config
 
 
 def _fold(plain: nn.Module, adapters: Mapping[str, nn.Module]) -> None:

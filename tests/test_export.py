@@ -11,12 +11,13 @@ import yaml
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from heterolora import export
 from heterolora.adapters.lora import LoRA
 from heterolora.errors import SettingError
 from heterolora.export import ExportError, export_peft, head_modules
-from tests.architectures import ARCHITECTURES, make_backbone, make_batch
+from tests.architectures import ARCHITECTURES, make_backbone, make_batch, make_config
 from tests.conftest import adapt, randomise
 
 pytestmark = [
@@ -126,6 +127,31 @@ def test_a_reader_of_r_and_lora_alpha_alone_is_right_where_the_scale_is_folded(a
         found[fold] = gap(answer(read_simply(tmp_path / str(fold), base), batch), answer(model, batch))
     assert found[True] < 1e-9
     assert found[False] > 1e-3, "without folding, such a reader is wrong: that is why folding is the default"
+
+
+def test_layers_1_and_11_are_told_apart_by_peft(tmp_path):
+    """Were patterns not anchored and whole, the rank of one would be the other's: PEFT takes the first that matches."""
+    config = make_config("llama")
+    config.num_hidden_layers = 12
+    base = AutoModelForSequenceClassification.from_config(config).eval()
+    model = adapt(base, include=["lora"], spans=())
+    model.enable({"1.q": 3, "11.q": 1, "0.v": 5, "10.v": 2, "1.o": 2, "11.down": 4}, 0)
+    randomise(model)
+    batch = make_batch(base)
+    for fold in (True, False):
+        found = export_peft(model, tmp_path / str(fold), lambda m: answer(m, batch), fold_scale=fold)
+        assert found.modules["model.layers.1.self_attn.q_proj"] == 3
+        assert found.modules["model.layers.11.self_attn.q_proj"] == 1
+        assert len(found.modules) == 6
+
+
+def test_a_model_that_recomputes_activations_is_exported(tmp_path):
+    model = trained("llama", include=("lora", "shortcut"))
+    model.gradient_checkpointing()
+    model.train()
+    batch = make_batch(model.backbone)
+    found = export_peft(model, tmp_path / "peft", lambda m: answer(m, batch), fold_scale=True)
+    assert found.difference == 0
 
 
 def test_shortcuts_are_said_to_be_missing_and_are_saved_beside(tmp_path):
@@ -442,3 +468,12 @@ def test_minilm_trained_here_predicts_the_same_in_stock_peft_in_another_process(
     assert accuracy == pytest.approx(summary["metrics"]["test"]["accuracy"])
     ranks = json.loads((run / "allocation.json").read_text())["ranks"]
     assert len(set(ranks.values())) > 2, "ranks differ between modules"
+    snippet = re.search(r"```python\n(.*?)```", (run / "peft" / "README.md").read_text(), re.DOTALL).group(1)
+    config = json.loads((run / "peft" / "adapter_config.json").read_text())
+    found = {}
+    exec(
+        snippet.replace('BASE_MODEL"', config["base_model_name_or_path"] + '"').replace("THIS_FOLDER", f"{run}/peft"),
+        found,
+    )
+    held = sum(parameter.numel() for name, parameter in found["model"].named_parameters() if "lora_" in name)
+    assert held == summary["parameters"]["held"]

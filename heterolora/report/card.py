@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def _limits(found: Exported, origin: Origin | None) -> str:
     if found.difference is not None:
         against = "the model with its shortcuts switched off" if found.missing else "the model"
         lines.append(
-            f"- Checked when it was written: PEFT's logits differ from those of {against} by at most "
+            f"- Checked when written: logits of PEFT {version('peft')} differ from those of {against} by at most "
             f"{found.difference:.1e} (largest logit {found.largest:.3g}, one batch, {found.dtype})."
         )
     if found.dtype not in ("float32", "float64"):
