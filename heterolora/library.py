@@ -26,12 +26,21 @@ from heterolora.proxies.base import Proxy, Score, check_scores
 from heterolora.report.files import write_json
 from heterolora.report.picture import allocation_figure
 from heterolora.scoring import Probe, allocate, check_budget, rehearse, score
-from heterolora.shipped import default, option
+from heterolora.shipped import default, option, options
 from heterolora.space import SearchSpace, Space, survey
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from peft import LoraConfig
+
+_DOES = {
+    "search_space": "resolve",
+    "proxy": "score",
+    "allocator": "allocate",
+    "budget": "resolve",
+    "adapter": "build",
+}
+"""What an object that stands for an option can be asked for."""
 
 LossFn: TypeAlias = Callable[[Any, Mapping[str, Any]], torch.Tensor]
 """A scalar loss of a model on a batch of its dataloader."""
@@ -143,15 +152,17 @@ def search(
     """
     adapted = model if isinstance(model, AdaptedModel) else None
     backbone = model if adapted is None else adapted.backbone
-    rule = _object("allocator", allocator)
-    scorer = _object("proxy", proxy)
-    family = _object("adapter", adapter) if adapted is None or adapter is not None else adapted.family
+    rule = _object("allocator", allocator, seed)
+    scorer = _object("proxy", proxy, seed)
+    family = _object("adapter", adapter, seed) if adapted is None or adapter is not None else adapted.family
     if adapted is not None and search_space is None:
         space = adapted.space
     else:
-        space = _object("search_space", search_space).resolve(survey(backbone))
+        space = _object("search_space", search_space, seed).resolve(survey(backbone))
     names = tuple(adapted.head if adapted is not None and head is None else _head(backbone, head))
-    count = Params(budget) if isinstance(budget, int) and not isinstance(budget, bool) else _object("budget", budget)
+    count = (
+        Params(budget) if isinstance(budget, int) and not isinstance(budget, bool) else _object("budget", budget, seed)
+    )
     rule = placed(rule, space.sites)
     allowed = count.resolve(space)
     check_budget(rule, allowed, space, family)
@@ -170,9 +181,9 @@ def search(
     given = {"search_space": search_space, "proxy": proxy, "allocator": allocator, "adapter": adapter, "budget": budget}
     allocation = allocate(rule, found, allowed, space, family)
     objects = {"search_space": None, "proxy": scorer, "allocator": rule, "adapter": family, "budget": count}
-    nodes = {group: _node(group, given[group], objects[group]) for group in given}
+    nodes = {group: _node(group, given[group], objects[group], seed) for group in given}
     origin = provenance(
-        {**nodes, "probe": _node("probe", probe, probe), "seed": seed},
+        {**nodes, "probe": _node("probe", probe, probe, seed), "seed": seed},
         _fingerprint(backbone, names),
         None,
         scores=None if scores is None else "given",
@@ -296,11 +307,15 @@ def _fingerprint(model: nn.Module, head: Sequence[str]) -> str | None:
     return fingerprint(model, list(head))
 
 
-def _object(group: str, given: Any) -> Any:
+def _object(group: str, given: Any, seed: int) -> Any:
     """What a name stands for; an object stands for itself."""
     if given is None:
-        return build(default(group), group)
-    return build(option(group, given), group) if isinstance(given, str) else given
+        return build(default(group, seed), group)
+    if isinstance(given, str):
+        return build(option(group, given, seed=seed), group)
+    if not hasattr(given, _DOES[group]):
+        raise SettingError(group, given, f"a name, one of {options(group)}, or an object with {_DOES[group]}()")
+    return given
 
 
 def _default_probe() -> Probe:
@@ -312,12 +327,12 @@ def _name(given: Any, made: object) -> str:
     return given if isinstance(given, str) else type(made).__name__.lower()
 
 
-def _node(group: str, given: Any, made: Any) -> Any:
+def _node(group: str, given: Any, made: Any, seed: int) -> Any:
     """What a config would say: the option's node, or the object's class and arguments."""
-    if given is None and group != "probe":
-        return default(group)
+    if given is None:
+        return default(group, seed)
     if isinstance(given, str):
-        return option(group, given)
+        return option(group, given, seed=seed)
     thing = given if made is None else made
     if thing is None or not dataclasses.is_dataclass(thing):
         return None if thing is None else {"_target_": f"{type(thing).__module__}.{type(thing).__qualname__}"}

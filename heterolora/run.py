@@ -121,7 +121,7 @@ def _questions(parts: Parts, config: Mapping[str, Any], overrides: Sequence[str]
     proxies: dict[str, Any] = {chosen["proxy"]: config["proxy"]}
     first = chosen["proxy"]
     if config["proxies"] is not None:
-        proxies = dict(_named("proxies", name, "proxy") for name in _list(config, "proxies"))
+        proxies = dict(_named("proxies", name, "proxy", parts.seed) for name in _list(config, "proxies"))
         given = any(text.startswith("proxy=") for text in overrides)
         if given and first not in proxies:
             raise SettingError("proxy", first, f"allocates, and must be one of proxies={list(proxies)}")
@@ -133,7 +133,7 @@ def _questions(parts: Parts, config: Mapping[str, Any], overrides: Sequence[str]
         proxies = {}  # scores would serve nothing
     budgets: dict[str, Any] = {chosen["budget"]: config["budget"]}
     if config["budgets"] is not None:
-        budgets = dict(_named("budgets", name, "budget") for name in _list(config, "budgets"))
+        budgets = dict(_named("budgets", name, "budget", parts.seed) for name in _list(config, "budgets"))
     if not isinstance(config["resamples"], int) or config["resamples"] < 0:
         raise SettingError("resamples", config["resamples"], "a whole number of at least 0")
     scores = config["scores"]
@@ -154,13 +154,13 @@ def _list(config: Mapping[str, Any], setting: str) -> list[Any]:
     return given
 
 
-def _named(setting: str, given: Any, group: str) -> tuple[str, dict[str, Any]]:
+def _named(setting: str, given: Any, group: str, seed: int) -> tuple[str, dict[str, Any]]:
     """Name and node of an entry of a list: an option of the group, a number of parameters, or a node of its own."""
     if isinstance(given, dict) and isinstance(given.get("_target_"), str):
         return given["_target_"].rpartition(".")[2].lower(), given
     if group == "budget" and isinstance(given, int) and not isinstance(given, bool):
         return str(given), {**option("budget", "params"), "value": given}
-    return str(given), option(group, str(given), setting)
+    return str(given), option(group, str(given), setting, seed)
 
 
 def _hold_tournament(config: Mapping[str, Any], overrides: Sequence[str]) -> None:

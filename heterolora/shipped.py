@@ -20,37 +20,42 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (config_folder() / group).glob("*.yaml"))
 
 
-def option(group: str, name: str, setting: str | None = None) -> dict[str, Any]:
-    """The node of one option.
+def option(group: str, name: str, setting: str | None = None, seed: int = 0) -> dict[str, Any]:
+    """The node of one option, as it is with everything else at its default.
 
     Args:
         group: e.g. ``proxy``.
         name: e.g. ``snip``.
         setting: what the user set, for messages; None: the group.
+        seed: of the run.
 
     Raises:
         SettingError: if there is no such option.
     """
     if name not in options(group):
         raise SettingError(setting or group, name, f"possible: {options(group)}")
-    return _read(config_folder() / group / f"{name}.yaml")
+    node = _read(config_folder() / group / f"{name}.yaml")
+    tree = _read(config_folder() / "train.yaml") | {"seed": seed}
+    return {key: _resolved(value, tree) for key, value in node.items()}
 
 
-def default(group: str) -> dict[str, Any]:
-    """The node of a group's default option, or a node that has no group (``probe``), as ``train.yaml`` has it."""
-    tree = _read(config_folder() / "train.yaml")
+def default(node: str, seed: int = 0) -> dict[str, Any]:
+    """A group's default option, or a node that has no group (``probe``), as ``train.yaml`` has it."""
+    tree = _read(config_folder() / "train.yaml") | {"seed": seed}
     for entry in tree["defaults"]:
-        if isinstance(entry, Mapping) and group in entry:
-            return option(group, entry[group])
-    return {key: _resolved(value, tree) for key, value in tree[group].items()}
+        if isinstance(entry, Mapping) and node in entry:
+            return option(node, entry[node], seed=seed)
+    return {key: _resolved(value, tree) for key, value in tree[node].items()}
 
 
 def _resolved(value: Any, tree: Mapping[str, Any]) -> Any:
     """What ``${node.key}`` stands for."""
     if not isinstance(value, str) or not value.startswith("${"):
         return value
-    node, _, key = value.removeprefix("${").removesuffix("}").partition(".")
-    return _resolved(tree[node][key], tree)
+    found: Any = tree
+    for key in value.removeprefix("${").removesuffix("}").split("."):
+        found = found[key]
+    return _resolved(found, tree)
 
 
 def _read(path: Path) -> dict[str, Any]:

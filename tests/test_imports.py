@@ -119,7 +119,8 @@ def test_no_cycles():
         visit(name, ())
 
 
-def test_the_entry_point_imports_nothing_heavy_before_the_config_is_read():
-    code = "import sys, train; print(sorted({'torch', 'lightning', 'transformers', 'pandas'} & set(sys.modules)))"
+@pytest.mark.parametrize("entry", ["train", "search"])
+def test_the_entry_point_imports_nothing_heavy_before_the_config_is_read(entry):
+    code = f"import sys, {entry}; print(sorted({{'torch', 'lightning', 'transformers', 'pandas'}} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
