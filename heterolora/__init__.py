@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds, and questions about configs need none
-    from heterolora.library import FoundAllocation, attach, search
+    from heterolora.library import FoundAllocation, attach, from_peft, search
     from heterolora.loading import LoadedRun
     from heterolora.model import AdaptedModel
-    from heterolora.peft_in import from_peft
 
 __all__ = ["FoundAllocation", "__version__", "attach", "from_peft", "load", "load_run", "search"]
 
 __version__ = "0.1.0"
 
-_LATER = {"FoundAllocation": "library", "attach": "library", "search": "library", "from_peft": "peft_in"}
+_LATER = dict.fromkeys(["FoundAllocation", "attach", "from_peft", "search"], "library")
 
 
 def __getattr__(name: str) -> Any:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import nn
 
+from heterolora import peft_in
 from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation, read_ranks
 from heterolora.allocators.base import Allocator, placed
-from heterolora.backbone import fingerprint, outside_base
+from heterolora.backbone import Backbone, fingerprint, outside_base
 from heterolora.budget import Budget, Params
 from heterolora.build import build
 from heterolora.errors import SettingError
@@ -234,6 +235,36 @@ def attach(
     adapted = AdaptedModel(model, space, family, names)
     adapted.enable(ranks, seed)
     return adapted
+
+
+def from_peft(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    search_space: str | SearchSpace | None = None,
+    head: Iterable[str] | None = None,
+) -> AdaptedModel:
+    """The model with an adapter that PEFT trained, or that was exported from here, in evaluation mode.
+
+    It answers as PEFT's would; ``search`` scores its sites at that point of training, and an optimizer over
+    ``(p for p in adapted.parameters() if p.requires_grad)`` trains on.
+
+    Args:
+        model: what the adapter belongs to; it is used as it is, not copied.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        search_space: the candidates; None: every LoRA site, and where the folder has shortcuts, those of their spans.
+        head: as in ``search``.
+
+    Raises:
+        SettingError: if the adapter is for another model, or is none that a LoRA can hold.
+    """
+    names = tuple(_head(model, head))
+    known = _fingerprint(model, names)
+    if known is None:
+        raise SettingError("model", "on the meta device", "has no weights to adapt")
+    backbone = Backbone(model, None, names, known, None, False, ())
+    space = None if search_space is None else _object("search_space", search_space, 0).resolve(survey(model))
+    return peft_in.from_peft(backbone, folder, space)
 
 
 def _score(

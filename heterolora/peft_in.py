@@ -112,7 +112,7 @@ def load_export(folder: str | Path, device: str = "cpu") -> AdaptedModel:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingError("folder", place, f"{NOTES} cannot be read ({type(error).__name__}: {error})") from error
     if node is None:
-        raise SettingError("folder", place, f"{NOTES} names no backbone; use heterolora.peft_in.from_peft with yours")
+        raise SettingError("folder", place, f"{NOTES} names no backbone; use heterolora.from_peft with yours")
     if (place / "config.json").is_file():
         backbone = merged_backbone(place, node, outputs)
     else:

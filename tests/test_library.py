@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 import heterolora
 from heterolora.allocation import read_ranks
@@ -180,6 +180,32 @@ def test_what_cannot_be_used_is_one_line(model, loader, changes, message):
         given["dataloader"] = [{key: value for key, value in batch.items() if key != "labels"} for batch in loader]
     with pytest.raises(SettingError, match=message):
         heterolora.search(model, **given)
+
+
+@pytest.mark.parametrize("auto", [transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM])
+def test_an_adapter_of_pefts_is_scored_where_it_is_and_trained_on(auto, tmp_path):
+    made = [make_backbone("llama", auto=auto) for _ in range(3)]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    theirs = get_peft_model(made[0], config).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    theirs.save_pretrained(tmp_path)
+    batches = [make_batch(made[1], seed=seed) for seed in range(3)]
+    if auto is transformers.AutoModelForCausalLM:
+        batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
+    ours = heterolora.from_peft(made[1], tmp_path)
+    inputs = {key: batches[0][key] for key in ("input_ids", "attention_mask")}
+    assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)
+    at_it = heterolora.search(ours, batches, budget=2000, probe=PROBE)
+    plain = heterolora.search(made[2], batches, search_space="lora_all", budget=2000, probe=PROBE)
+    assert not close(at_it.scores, plain.scores)
+    ours(**batches[0]).loss.backward()
+    assert all(parameter.grad is not None for parameter in ours.adapters.parameters())
+    wrong = make_backbone("bert")
+    with pytest.raises(SettingError, match="folder="):
+        heterolora.from_peft(wrong, tmp_path)
 
 
 def test_peft_is_told_of_shortcuts(model, loader):

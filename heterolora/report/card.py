@@ -183,7 +183,7 @@ def _loading(found: Exported, settings: Mapping[str, Any], origin: Origin | None
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER").eval()\n```\n\n'
         )
     whole = "" if not found.missing else ", shortcuts included"
-    call = 'heterolora.load("THIS_FOLDER")' if origin else 'heterolora.peft_in.from_peft(backbone, "THIS_FOLDER")'
+    call = 'heterolora.load("THIS_FOLDER")' if origin else 'heterolora.from_peft(model, "THIS_FOLDER")'
     return text + (
         f"With heterolora{whole}; base models with other weights are refused:\n\n```python\n"
         f"import heterolora{'' if origin else '.peft_in'}\n\nmodel = {call}\n```\n"
