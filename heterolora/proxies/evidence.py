@@ -7,7 +7,7 @@ adapter or without, and everything first-order follows from it: ``g_B = scale G 
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -58,6 +58,13 @@ class Observation:
         assert self.gradient is not None  # the pass had a backward, since the statistic needs it
         return self.gradient
 
+    @cached_property
+    def factor_gradients(self) -> Values:
+        """``scale B^T G`` and ``scale G A^T`` without forming G, computed once for all that ask."""
+        a, b = (factor.detach().to(self.source.dtype) for factor in (self.adapter.A, self.adapter.B))
+        scale, gradient = self.adapter.scale, self.flow
+        return scale * (gradient @ b).T @ self.source, scale * gradient.T @ (self.source @ a.T)
+
 
 class Statistic(Protocol):
     """Something summed over batches at each site; hashable, so that equal ones of two proxies are gathered once.
@@ -90,10 +97,8 @@ class FactorGradients(Statistic):
     by_batch = "exact"
 
     def observe(self, seen: Observation) -> Values:
-        """``scale B^T G`` and ``scale G A^T`` without forming G."""
-        adapter, source, gradient = seen.adapter, seen.source, seen.flow
-        a, b = adapter.A.detach().to(source.dtype), adapter.B.detach().to(source.dtype)
-        return adapter.scale * (gradient @ b).T @ source, adapter.scale * gradient.T @ (source @ a.T)
+        """A copy, for it may be written to."""
+        return tuple(part.clone() for part in seen.factor_gradients)
 
 
 @dataclass(frozen=True)
