@@ -262,8 +262,9 @@ def test_the_examples_of_the_documentation():
 @pytest.mark.slow
 def test_the_example_script_fine_tunes_with_trainer_and_peft(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "finetune_with_peft.py"), "--output", str(tmp_path / "out")]
+    command += ["--train", "1000"]
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     result = json.loads(out.stdout.strip().splitlines()[-1])
     assert result["adapter_parameters"] == 73_728
-    assert result["accuracy"] > 0.65
+    assert result["accuracy"] > 0.55  # a majority vote: 0.5
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
