@@ -35,12 +35,14 @@ class Scores:
         scores: proxy -> site -> one number, or one for each unit of rank, largest first.
         rows: which training examples were looked at, batch by batch.
         backbone: fingerprint of its weights; None: not known.
+        model: config node of the model that was looked at; None: not known.
     """
 
     proxy: str
     scores: Mapping[str, Mapping[str, Score]]
     rows: Sequence[Sequence[int]]
     backbone: str | None
+    model: Mapping[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -48,6 +50,7 @@ class Scores:
             "format": FORMAT,
             "proxy": self.proxy,
             "backbone": self.backbone,
+            "model": None if self.model is None else dict(self.model),
             "scores": {
                 proxy: {name: list(value) if isinstance(value, Sequence) else value for name, value in found.items()}
                 for proxy, found in self.scores.items()
@@ -71,7 +74,7 @@ def read_scores(path: Path, setting: str) -> Scores:
         raise SettingError(setting, path, f"holds no scores of format {FORMAT} (its format: {content.get('format')})")
     try:
         scores = {proxy: {site: _score(value) for site, value in of.items()} for proxy, of in content["scores"].items()}
-        return Scores(content["proxy"], scores, content["rows"], content["backbone"])
+        return Scores(content["proxy"], scores, content["rows"], content["backbone"], content["model"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SettingError(setting, path, f"its scores are damaged ({type(error).__name__}: {error})") from error
 

@@ -21,7 +21,7 @@ from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.export import config_to_train
 from heterolora.findings import read_json
-from heterolora.model import AdaptedModel
+from heterolora.model import AdaptedModel, carries_adapters
 from heterolora.provenance import provenance
 from heterolora.proxies.base import Proxy, Score, check_scores
 from heterolora.report.files import write_json
@@ -107,8 +107,14 @@ class FoundAllocation:
         return allocation_figure(self.space, self.allocation, title)
 
     def save(self, path: str | Path) -> None:
-        """Write ``allocation.json``, which ``attach`` and ``train.py allocator=fixed allocator.path=...`` read."""
-        write_json(Path(path), self.allocation.as_dict())
+        """Write ``allocation.json``, which ``attach`` and ``train.py allocator=fixed allocator.path=...`` read.
+
+        Raises:
+            SettingError: if there is no such folder.
+        """
+        if not (place := Path(path).expanduser()).parent.is_dir():
+            raise SettingError("path", path, f"there is no folder {place.parent}")
+        write_json(place, self.allocation.as_dict())
 
 
 def search(
@@ -144,7 +150,8 @@ def search(
         probe: how the proxy looks.
         head: names of the parameters that are trained with the task, and warmed up before scoring; None: those outside
             the base model, or none if they are a language model's.
-        scores: site -> score, to allocate from in place of scoring; a model on the meta device will do.
+        scores: site -> score, to allocate from in place of scoring; a model on the meta device will do. Scores of sites
+            that are no candidates are left alone.
         seed: for what is drawn.
 
     Raises:
@@ -152,7 +159,11 @@ def search(
         DegenerateScores: if the scores rank nothing.
     """
     adapted = model if isinstance(model, AdaptedModel) else None
-    backbone = model if adapted is None else adapted.backbone
+    backbone = _plain(model) if adapted is None else adapted.backbone
+    if probe is not None and not isinstance(probe, Probe):
+        raise SettingError("probe", probe, "a heterolora.scoring.Probe, or None")
+    if type(budget) is int and budget < 1:
+        raise SettingError("budget", budget, "at least 1 parameter")
     rule = _object("allocator", allocator, seed)
     scorer = _object("proxy", proxy, seed)
     family = _object("adapter", adapter, seed) if adapted is None or adapter is not None else adapted.family
@@ -173,8 +184,8 @@ def search(
     if scores is not None:
         if missing := [name for name in sites if name not in scores]:
             raise SettingError("scores", f"{len(scores)} sites", f"lacks {missing[:3]} ({len(missing)} in all)")
-        found = {name: scores[name] for name in sites}
-        check_scores("given", scorer, found, sites)
+        found = {name: _number(name, scores[name]) for name in sites}
+        check_scores("given", _GIVEN, found, sites)
     elif rule.gain_rule is not None:
         with _as_before(backbone, adapted):
             attached = adapted or AdaptedModel(backbone, space, family, names)
@@ -184,9 +195,11 @@ def search(
     objects = {"search_space": None, "proxy": scorer, "allocator": rule, "adapter": family, "budget": count}
     nodes = {group: _node(group, given[group], objects[group], seed) for group in given}
     origin = provenance(
-        {**nodes, "probe": _node("probe", probe, probe, seed), "seed": seed},
+        {**nodes, "seed": seed},
         _fingerprint(backbone, names),
-        None,
+        None,  # whose batches have no numbers here
+        proxy=nodes["proxy"] if found is not None and scores is None else None,
+        probe=_node("probe", probe, probe, seed) if found is not None and scores is None else None,
         scores=None if scores is None else "given",
     )
     complete = Allocation(allocation.ranks, allocation.spent, allocation.budget, origin)
@@ -210,6 +223,7 @@ def attach(
     Raises:
         SettingError: if the allocation was made for another model, or the file cannot be read.
     """
+    model = _plain(model)
     if isinstance(allocation, FoundAllocation):
         ranks, origin = allocation.ranks, allocation.allocation.provenance
         family, names = allocation.family, allocation.head if head is None else tuple(head)
@@ -258,6 +272,7 @@ def from_peft(
     Raises:
         SettingError: if the adapter is for another model, or is none that a LoRA can hold.
     """
+    model = _plain(model)
     names = tuple(_head(model, head))
     known = _fingerprint(model, names)
     if known is None:
@@ -283,13 +298,15 @@ def _score(
     wanted = settings.batches + settings.head_warmup_steps if proxy.statistics else 0
     with torch.random.fork_rng():  # a dataloader draws from the global generator
         batches = [_moved(batch, device) for batch in islice(dataloader or (), wanted)]
+    if wanted and not batches:
+        raise SettingError("dataloader", dataloader, "gives no batches to score")
     if probe is not None and len(batches) < settings.batches and proxy.statistics:
         raise SettingError("probe.batches", probe.batches, f"the dataloader gives {len(batches)} batches")
     scored = batches[: settings.batches]
     loss = loss_fn or _own_loss
     return score(
         model,
-        lambda adapted, batch: loss(adapted.backbone, batch),
+        lambda adapted, batch: _checked(loss, adapted.backbone, batch),
         scored,
         batches[settings.batches :] or scored,
         proxy=proxy,
@@ -297,6 +314,67 @@ def _score(
         seed=seed,
         proxy_name=name,
     )
+
+
+def _plain(model: Any) -> nn.Module:
+    """A model that nothing is attached to.
+
+    Raises:
+        SettingError: if it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise SettingError("model", model, "a torch.nn.Module of transformers is needed")
+    if isinstance(model, AdaptedModel):
+        raise SettingError("model", type(model).__name__, "is adapted already; give its .backbone after enable({}, 0)")
+    if hasattr(model, "peft_config") and hasattr(model, "base_model"):
+        raise SettingError(
+            "model",
+            type(model).__name__,
+            "is wrapped by PEFT: give model.unload(), or load what PEFT saved with heterolora.from_peft",
+        )
+    if carries_adapters(model):
+        raise SettingError(
+            "model",
+            type(model).__name__,
+            "has adapters attached: give the adapted model, or take them off with its enable({}, seed=0)",
+        )
+    return model
+
+
+class _Given:
+    """Stands for whatever made given scores."""
+
+    control = True  # equal ones are the user's own choice
+    remedy = "give finite scores"
+    statistics = ()
+
+
+_GIVEN: Any = _Given()
+
+
+def _number(name: str, score: Any) -> Score:
+    """A score as it should be.
+
+    Raises:
+        SettingError: if it is no number, and no list of numbers.
+    """
+    try:
+        return [float(unit) for unit in score] if isinstance(score, (list, tuple)) else float(score)
+    except (TypeError, ValueError) as error:
+        raise SettingError("scores", {name: score}, "a number, or one for each unit of rank") from error
+
+
+def _checked(loss_fn: LossFn, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """A loss that can be differentiated.
+
+    Raises:
+        SettingError: if it is none.
+    """
+    loss = loss_fn(model, batch)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or (torch.is_grad_enabled() and not loss.requires_grad):
+        shown = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise SettingError("loss_fn", shown, "it must return one number that depends on the model, with its graph")
+    return loss.reshape(())
 
 
 def _own_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
@@ -310,6 +388,10 @@ def _own_loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     if not hasattr(batch, "items"):
         raise SettingError("dataloader", type(batch).__name__, "batches must be mappings of names to tensors")
+    if wrong := [key for key, value in batch.items() if isinstance(value, (list, str))]:
+        raise SettingError("dataloader", f"a batch with {wrong[0]}", "is no tensor: give batches of tensors (collated)")
+    if flat := [key for key, value in batch.items() if key == "input_ids" and value.dim() < 2]:
+        raise SettingError("dataloader", f"{flat[0]} of one dimension", "is a single example: give batches")
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
@@ -327,7 +409,11 @@ def _as_before(backbone: nn.Module, adapted: AdaptedModel | None) -> Iterator[No
 
 def _head(model: Any, given: Iterable[str] | None) -> Sequence[str]:
     if given is not None:
-        return tuple(given)
+        known = dict(model.named_parameters()).keys()
+        names = (given,) if isinstance(given, str) else tuple(given)
+        if unknown := [name for name in names if name not in known]:
+            raise SettingError("head", unknown, f"no such parameters; the last ones of this model: {list(known)[-2:]}")
+        return names
     output = getattr(model, "get_output_embeddings", lambda: None)()
     return () if output is not None or not hasattr(model, "base_model") else outside_base(model)
 
@@ -344,7 +430,7 @@ def _object(group: str, given: Any, seed: int) -> Any:
         return build(default(group, seed), group)
     if isinstance(given, str):
         return build(option(group, given, seed=seed), group)
-    if not hasattr(given, _DOES[group]):
+    if not hasattr(given, _DOES[group]) or (group == "proxy" and not hasattr(given, "statistics")):
         raise SettingError(group, given, f"a name, one of {options(group)}, or an object with {_DOES[group]}()")
     return given
 

@@ -473,6 +473,16 @@ def _refuse_compiled(backbone: nn.Module) -> None:
         )
 
 
+def carries_adapters(backbone: nn.Module) -> bool:
+    """Whether an adapted model has hooks on this backbone, so that it computes something else than its own function."""
+    hooks = [
+        hook
+        for module in backbone.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ]
+    return any(isinstance(getattr(hook, "__self__", None), (_Hook, AdaptedModel)) for hook in hooks)
+
+
 def _key(name: str) -> str:
     """A site's name as a module name, which may hold no dot."""
     return name.replace(".", "/")

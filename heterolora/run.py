@@ -117,34 +117,49 @@ def search(cfg: DictConfig) -> None:
 
 def _questions(parts: Parts, config: Mapping[str, Any], overrides: Sequence[str]) -> Questions:
     """What ``proxies``, ``budgets``, ``scores`` and ``resamples`` ask for."""
-    chosen = {group: str(parts.choices.get(group)) for group in ("proxy", "budget")}
-    proxies: dict[str, Any] = {chosen["proxy"]: config["proxy"]}
-    first = chosen["proxy"]
-    if config["proxies"] is not None:
-        proxies = dict(_named("proxies", name, "proxy", parts.seed) for name in _list(config, "proxies"))
-        given = any(text.startswith("proxy=") for text in overrides)
-        if given and first not in proxies:
-            raise SettingError("proxy", first, f"allocates, and must be one of proxies={list(proxies)}")
-        if first in proxies:
-            proxies[first] = config["proxy"]  # with the arguments that were given
-        else:
-            first = next(iter(proxies))
-    elif parts.allocator.gain_rule is None:
+    proxies = _asked("proxies", "proxy", parts, config, overrides)
+    budgets = _asked("budgets", "budget", parts, config, overrides)
+    chosen = str(parts.choices.get("proxy"))
+    if config["proxies"] is None and parts.allocator.gain_rule is None:
         proxies = {}  # scores would serve nothing
-    budgets: dict[str, Any] = {chosen["budget"]: config["budget"]}
-    if config["budgets"] is not None:
-        budgets = dict(_named("budgets", name, "budget", parts.seed) for name in _list(config, "budgets"))
-    if not isinstance(config["resamples"], int) or config["resamples"] < 0:
-        raise SettingError("resamples", config["resamples"], "a whole number of at least 0")
-    scores = config["scores"]
+    resamples, scores = config["resamples"], config["scores"]
+    if not isinstance(resamples, int) or isinstance(resamples, bool) or resamples < 0:
+        raise SettingError("resamples", resamples, "a whole number of at least 0")
+    if scores is not None and not isinstance(scores, str):
+        raise SettingError("scores", scores, "the scores.json of an earlier search, or its folder; or null")
     return Questions(
         proxies={name: build(node, "proxies") for name, node in proxies.items()},
-        first=first,
+        first=chosen if chosen in proxies or not proxies else next(iter(proxies)),
         budgets={name: build(node, "budgets") for name, node in budgets.items()},
-        nodes=proxies | budgets,
+        nodes={"proxy": proxies, "budget": budgets},
         scores=None if scores is None else Path(scores).expanduser(),
-        resamples=config["resamples"],
+        resamples=resamples,
     )
+
+
+def _asked(
+    setting: str, group: str, parts: Parts, config: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Name -> node of everything that a list asks for, or of the group's one choice.
+
+    Raises:
+        SettingError: if two have one name, or the group was chosen and is not in the list.
+    """
+    chosen = str(parts.choices.get(group))
+    if config[setting] is None:
+        return {chosen: config[group]}
+    asked: dict[str, dict[str, Any]] = {}
+    for entry in _list(config, setting):
+        name, node = _named(setting, entry, group, parts.seed)
+        if name in asked:
+            raise SettingError(setting, config[setting], f"two of them would be called {name}")
+        asked[name] = node
+    given = [text for text in overrides if text.lstrip("+~").startswith((f"{group}=", f"{group}."))]
+    if given and chosen not in asked:
+        raise SettingError(group, chosen, f"{given[0]} was given, and {setting}={list(asked)} leaves it out")
+    if chosen in asked:
+        asked[chosen] = config[group]  # with the arguments that were given
+    return asked
 
 
 def _list(config: Mapping[str, Any], setting: str) -> list[Any]:

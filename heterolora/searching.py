@@ -48,15 +48,15 @@ class Questions:
         proxies: name -> proxy; all are scored.
         first: the proxy that ``allocation.json`` is made with.
         budgets: name -> budget; the first is that of ``allocation.json``.
-        nodes: the config node of each proxy and of each budget, by name, for the record.
-        scores: a ``scores.json`` to allocate from; None: score.
+        nodes: ``proxy`` and ``budget`` -> name -> config node, for the record.
+        scores: a ``scores.json``, or the folder of one, to allocate from; None: score.
         resamples: how often batches are drawn again.
     """
 
     proxies: Mapping[str, Proxy]
     first: str
     budgets: Mapping[str, Budget]
-    nodes: Mapping[str, Any]
+    nodes: Mapping[str, Mapping[str, Any]]
     scores: Path | None
     resamples: int
 
@@ -146,25 +146,35 @@ def _given(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_
     """Scores of an earlier search; neither weights nor data are read."""
     assert asked.scores is not None
     start = time.perf_counter()
-    scores = read_scores(asked.scores, "scores")
+    path = asked.scores / "scores.json" if asked.scores.is_dir() else asked.scores
+    scores = read_scores(path, "scores")
     skeleton = parts.model.skeleton(2)  # the head has no sites
     space = parts.search_space.resolve(survey(skeleton.model, skeleton.layout))
     _check(parts, space, asked)
     names = [site.name for site in space.sites]
     for name, proxy in asked.proxies.items():
         if name not in scores.scores:
-            raise SettingError("scores", asked.scores, f"has no scores of proxy={name}, only of {list(scores.scores)}")
+            raise SettingError(
+                "scores", path, f"has no scores of proxy={name}; give proxy= or proxies= of {list(scores.scores)}"
+            )
         if missing := [site for site in names if site not in scores.scores[name]]:
             raise SettingError(
-                "scores", asked.scores, f"lacks sites of this space: {missing[:3]} ({len(missing)} of {len(names)})"
+                "scores", path, f"lacks sites of this space: {missing[:3]} ({len(missing)} of {len(names)})"
             )
         check_scores(name, proxy, {site: scores.scores[name][site] for site in names}, names)
     chosen = {name: {site: scores.scores[name][site] for site in names} for name in asked.proxies}
-    kept = Scores(asked.first, chosen, scores.rows, scores.backbone)
+    same = scores.model is not None and dict(scores.model) == config["model"]
+    if not same:
+        _log.warning(
+            "scores=%s: made with other model settings; only the names of the sites were compared with this model's",
+            path,
+        )
+    fingerprint = scores.backbone if same else None
+    kept = Scores(asked.first, chosen, scores.rows, fingerprint, config["model"] if same else scores.model)
     agreement = agree(_vectors(parts.allocator, space, kept), {}) if len(chosen) > 1 else None
     seconds = {"reading": time.perf_counter() - start}
     head = outside_base(skeleton.model)
-    return _Found(space, skeleton.model, head, kept, agreement, scores.backbone, seconds, {}), config
+    return _Found(space, skeleton.model, head, kept, agreement, fingerprint, seconds, {}), config
 
 
 def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_Found, Mapping[str, Any]]:
@@ -187,7 +197,11 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
     scores, agreement, seconds = None, None, {"loading": ready - start}
     if asked.proxies:
         device = next(model.backbone.parameters()).device
-        resampling = Resampling(asked.resamples, _units(parts.allocator), parts.seed) if asked.resamples else None
+        resampling = None
+        if asked.resamples and len(batches) > 1:
+            resampling = Resampling(asked.resamples, _units(parts.allocator), parts.seed)
+        elif asked.resamples and batches:
+            _log.warning("probe.batches=1: a single batch cannot be drawn in two ways, so there are no intervals")
         result = score_all(
             model,
             lambda m, batch: task.loss(task.logits(m, batch), batch),
@@ -199,7 +213,7 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
             track=track,
             resampling=resampling,
         )
-        scores = Scores(asked.first, result.scores, rows, backbone.fingerprint)
+        scores = Scores(asked.first, result.scores, rows, backbone.fingerprint, config["model"])
         agreement = _agreement(parts.allocator, space, scores, result.resampled)
         seconds |= {"scoring": time.perf_counter() - ready, **{f"of it {n}": s for n, s in result.seconds.items()}}
     memory = {"process, model loaded": loaded, "peak above it": None if loaded is None else peak_mib() - loaded}
@@ -265,8 +279,8 @@ def _allocations(
                 config,
                 found.fingerprint,
                 None if scores is None or found.scores is None else found.scores.rows,
-                proxy=None if scores is None else asked.nodes[proxy],
-                budget=asked.nodes[name],
+                proxy=None if scores is None else asked.nodes["proxy"][proxy],
+                budget=asked.nodes["budget"][name],
                 scores=None if asked.scores is None else str(asked.scores),
             )
             allocations[name, proxy] = Allocation(got.ranks, got.spent, got.budget, origin)

@@ -225,7 +225,8 @@ class _Run:
         self._write_config()
         allocation, family, scores = result.allocation, self.parts.adapter, None
         if result.scores is not None:
-            scores = Scores(self._proxy_name, {self._proxy_name: result.scores}, self._scored_rows, backbone)
+            found = {self._proxy_name: result.scores}
+            scores = Scores(self._proxy_name, found, self._scored_rows, backbone, self.config["model"])
         write_findings(self.folder, space, scores, allocation, family, self._title())
         rows = site_rows(space, scores, allocation, family)
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")

@@ -43,7 +43,7 @@ def write_search(
     folder.mkdir(parents=True, exist_ok=True)
     spent = FAMILY.cost(space.sites)(ranks)
     write_json(folder / "sites.json", [site.as_dict() for site in space.sites])
-    write_json(folder / "scores.json", Scores(proxy, scores, [[0, 1]], None).as_dict())
+    write_json(folder / "scores.json", Scores(proxy, scores, [[0, 1]], None, None).as_dict())
     write_json(folder / "allocation.json", Allocation(ranks, spent, budget, {"adapter": ADAPTER}).as_dict())
     return spent
 

@@ -167,7 +167,18 @@ def test_an_adapted_model_is_scored_where_it_is(model, loader):
         ({"budget": True}, "budget=True: a name, one of"),
         ({"allocator": 3}, "allocator=3: a name, one of"),
         ({"budget": 3}, "cheapest site costs"),
-        ({"dataloader": []}, "needs batches"),
+        ({"budget": 0}, "budget=0: at least 1"),
+        ({"dataloader": []}, "gives no batches to score"),
+        ({"dataloader": None}, "dataloader=None: gives no batches"),
+        ({"dataloader": [{"input_ids": [[1, 2]]}]}, "give batches of tensors"),
+        ({"dataloader": [{"input_ids": torch.ones(3, dtype=torch.long)}]}, "single example"),
+        ({"head": ["zzz"]}, r"head=\['zzz'\]: no such parameters"),
+        ({"probe": {"batches": 2}}, "probe="),
+        ({"loss_fn": lambda model, batch: model(**batch).logits}, "loss_fn=shape"),
+        ({"loss_fn": lambda model, batch: 1.0}, "loss_fn=float"),
+        ({"loss_fn": lambda model, batch: model(**batch).loss.detach()}, "with its graph"),
+        ({"model": None}, "model=None"),
+        ({"model": transformers.BertModel}, "a torch.nn.Module"),
         ({"dataloader": [1]}, "must be mappings"),
         ({"dataloader": "no labels"}, "give labels, or a loss_fn"),
         ({"probe": Probe("random", False, 0.02, 1, 9, "mean", 0, 1e-3)}, "the dataloader gives 6 batches"),
@@ -175,11 +186,35 @@ def test_an_adapted_model_is_scored_where_it_is(model, loader):
     ],
 )
 def test_what_cannot_be_used_is_one_line(model, loader, changes, message):
-    given = {"dataloader": loader, **changes}
+    given = {"model": model, "dataloader": loader, **changes}
     if given["dataloader"] == "no labels":
         given["dataloader"] = [{key: value for key, value in batch.items() if key != "labels"} for batch in loader]
     with pytest.raises(SettingError, match=message):
-        heterolora.search(model, **given)
+        heterolora.search(**given)
+
+
+def test_what_is_attached_already_is_refused(model, loader):
+    found = heterolora.search(model, loader, budget=3000, probe=PROBE)
+    adapted = heterolora.attach(model, found)
+    for again in (lambda: heterolora.attach(model, found), lambda: heterolora.search(model, loader, budget=3000)):
+        with pytest.raises(SettingError, match="has adapters attached"):
+            again()
+    adapted.enable({}, seed=0)
+    assert heterolora.attach(model, found).held_parameters == found.spent
+    wrapped = get_peft_model(make_backbone("bert"), LoraConfig(target_modules=["query"]))
+    with pytest.raises(SettingError, match=r"model\.unload"):
+        heterolora.search(wrapped, loader)
+
+
+def test_what_was_done_is_recorded(model, loader):
+    scored = heterolora.search(model, loader, budget=3000, probe=PROBE).allocation.provenance
+    assert scored["probe"]["batches"] == 3
+    assert scored["proxy"]["_target_"].endswith("Spectral")
+    sites = heterolora.search(model, loader, budget=3000, probe=PROBE).scores
+    given = heterolora.search(model, None, scores=dict.fromkeys(sites, 1), budget=3000).allocation.provenance
+    assert (given["scores"], given["probe"], given["proxy"]) == ("given", None, None)
+    with pytest.raises(SettingError, match="scores="):
+        heterolora.search(model, None, scores=dict.fromkeys(sites, "a"), budget=3000)
 
 
 @pytest.mark.parametrize("auto", [transformers.AutoModelForSequenceClassification, transformers.AutoModelForCausalLM])

@@ -24,6 +24,9 @@ from tests.jobs import TINY, compose_job, prepare, run_job
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated")
 
 
+PARAMS = "{{_target_: heterolora.budget.Params, value: {}}}"
+
+
 def run(folder, *overrides):
     """Search in ``folder``; what it wrote about itself."""
     folder.mkdir(parents=True)
@@ -122,10 +125,27 @@ def test_given_scores_lead_to_the_same_ranks_and_read_neither_weights_nor_data(t
         one, other = (read_ranks(tmp_path / x / row["folder"] / "allocation.json") for x in "ab")
         assert one == other
     run(tmp_path / "c", given, "search_space=lora_all", "allocator=knapsack", "proxy=snip")
-    with pytest.raises(RunFailed, match=r"has no scores of proxy=fisher, only of \['snip', 'spectral'\]"):
+    with pytest.raises(RunFailed, match=r"of proxy=fisher; give proxy= or proxies= of \['snip', 'spectral'\]"):
         run(tmp_path / "d", given, "proxy=fisher")
     with pytest.raises(RunFailed, match="lacks sites of this space"):
         run(tmp_path / "e", given, "model=tiny_gpt2")
+
+
+@pytest.mark.medium
+def test_scores_of_another_model_are_not_recorded_as_this_ones(tmp_path, caplog):
+    run(tmp_path / "a", "proxy=snip", "search_space=lora_all")
+    again = run(tmp_path / "b", f"scores={tmp_path / 'a'}", "proxy=snip", "search_space=lora_qv")
+    assert again["backbone"] is not None
+    other = run(tmp_path / "c", f"scores={tmp_path / 'a'}", "proxy=snip", "search_space=lora_qv", "model=tiny_roberta")
+    assert other["backbone"] is None
+    assert json.loads((tmp_path / "c" / "allocation.json").read_text())["provenance"]["backbone"] is None
+    assert "other model settings" in caplog.text
+
+
+def test_arguments_of_a_listed_budget_count(tmp_path):
+    summary = run(tmp_path / "a", "budget=params", "budget.value=300", "budgets=[params,qv_r2]", "probe.batches=1")
+    assert [row["allowed"] for row in summary["allocations"]] == [300, 512]
+    assert not (tmp_path / "a" / "agreement.json").exists()  # one batch cannot be drawn in two ways
 
 
 def test_an_allocator_that_looks_at_no_scores_needs_none(tmp_path):
@@ -151,7 +171,16 @@ def test_proxies_that_cannot_be_resampled_have_no_interval(tmp_path):
         (["proxies=snip"], "proxies=snip: a list of different names"),
         (["proxies=[snip,snip]"], "a list of different names"),
         (["proxies=[]"], "a list of different names"),
-        (["proxies=[snip]", "proxy=fisher"], "proxy=fisher: allocates, and must be one of"),
+        (["proxies=[snip]", "proxy=fisher"], r"proxy=fisher was given, and proxies=\['snip'\] leaves it out"),
+        (["proxies=[snip]", "+proxy.x=1"], "x=1|leaves it out"),
+        (["budgets=[300]", "budget=qv_r8"], r"budget=qv_r8 was given, and budgets=\['300'\] leaves it out"),
+        (
+            [
+                "budgets=[{_target_: heterolora.budget.Params, value: 300},{_target_: heterolora.budget.Params, value: 4}]"
+            ],
+            "two of them would be called params",
+        ),
+        (["resamples=true"], "resamples=True"),
         (["budgets=[1]"], "cheapest site costs"),
         (["budgets=[qv_r8,1]"], "budgets=1: budget=1: one unit"),
         (["budgets=[nope]"], "budgets=nope: possible"),

@@ -155,10 +155,14 @@ def _compared(
         found = find_results(*folders)
     except SettingError as error:
         return (), None, [f"no comparison: {error}"]
+    except (TypeError, ValueError, AttributeError, KeyError) as error:  # values of a kind that no run writes
+        return (), None, [f"no comparison: a run's files are damaged ({type(error).__name__}: {error})"]
     try:
         return found.results, tabulate(found, _SETTINGS), []
     except SettingError as error:
         return found.results, None, [f"no comparison: {error}"]
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        return (), None, [f"no comparison: a run's metrics are damaged ({type(error).__name__}: {error})"]
 
 
 def _place(result: Result) -> Path:

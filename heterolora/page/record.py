@@ -171,14 +171,30 @@ class _Reader:
             return read()
         except FileNotFoundError:
             return None
-        except (SettingError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (SettingError, OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 self.notes.append(" ".join(f"{error}".split()))
             return None
 
     def json(self, path: Path) -> Mapping[str, Any]:
-        """A JSON object; empty if there is none."""
-        return self.part(partial(_json, path)) or {}
+        """A JSON object; empty if there is none, or one of its values is none of the kind that it must be."""
+        found = self.part(partial(_json, path)) or {}
+        wrong = [key for key, kinds in _KINDS.items() if not isinstance(found.get(key), (*kinds, type(None)))]
+        if wrong:
+            self.notes.append(f"{path}: {wrong[0]}={str(found[wrong[0]])[:60]} cannot be read; the file is left out")
+            return {}
+        return found
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("choices", "metrics", "versions", "seconds", "collapsed", "parameters", "data"), (dict,)),
+    **dict.fromkeys(("provenance", "ranks", "memory_mib"), (dict,)),
+    **dict.fromkeys(("seed", "steps", "spent", "budget"), (int,)),
+    **dict.fromkeys(("title", "state", "error", "folder"), (str,)),
+    "overrides": (list,),
+    "peak_memory_mib": (int, float),
+}
+"""Of the values of a run's JSON files, by their keys, which mean the same in all of them."""
 
 
 def _json(path: Path) -> Mapping[str, Any]:
