@@ -175,9 +175,7 @@ def test_proxies_that_cannot_be_resampled_have_no_interval(tmp_path):
         (["proxies=[snip]", "+proxy.x=1"], "x=1|leaves it out"),
         (["budgets=[300]", "budget=qv_r8"], r"budget=qv_r8 was given, and budgets=\['300'\] leaves it out"),
         (
-            [
-                "budgets=[{_target_: heterolora.budget.Params, value: 300},{_target_: heterolora.budget.Params, value: 4}]"
-            ],
+            [f"budgets=[{PARAMS.format(300)},{PARAMS.format(400)}]"],
             "two of them would be called params",
         ),
         (["resamples=true"], "resamples=True"),
