@@ -271,6 +271,10 @@ def test_a_model_of_400_billion_parameters_is_allocated_in_seconds():
     assert seconds < 10
 
 
+def test_types_are_for_users_too():
+    assert (ROOT / "heterolora" / "py.typed").is_file()
+
+
 @pytest.mark.medium
 def test_neither_hydra_nor_lightning_is_imported():
     code = """

@@ -18,7 +18,7 @@ from heterolora.history import HISTORY
 from heterolora.page import figures
 from heterolora.page.collect import collect
 from heterolora.page.record import read_record
-from heterolora.page.render import json_in_html, render
+from heterolora.page.render import json_in_html, render, write_page
 from heterolora.report.files import write_json
 from heterolora.sites import site_from, split_name
 from heterolora.statistics import mean, rank_correlation
@@ -377,6 +377,34 @@ def test_a_damaged_file_is_noted_and_the_rest_is_shown(space, tmp_path, name):
     _, (run,) = content_of(page)
     assert run["notes"]
     assert run["blocks"] or name == "allocation.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        *((name, key, value) for value in (3, "text", [1]) for name, key in (("summary.json", "metrics"),)),
+        ("summary.json", "choices", "text"),
+        ("summary.json", "seconds", []),
+        ("summary.json", "seed", {}),
+        ("allocation.json", "provenance", [1]),
+        ("allocation.json", "spent", "many"),
+        ("allocation.json", "budget", []),
+        ("status.json", "overrides", [3]),
+        ("status.json", "state", 7),
+        ("sites.json", None, [{"name": 3}]),
+    ],
+)
+def test_json_of_another_kind_is_noted_and_no_traceback(space, tmp_path, name, key, value):
+    write_run(tmp_path / "good", space, seed=0)
+    write_run(tmp_path / "bad", space, seed=1)
+    path = tmp_path / "bad" / name
+    content = value if key is None else json.loads(path.read_text()) | {key: value}
+    path.write_text(json.dumps(content))
+    write_page([tmp_path], tmp_path / "report.html")
+    collected = collect([tmp_path])
+    assert any("good" in run.name for run in collected.runs)
+    said = " ".join([*collected.notes, *(note for run in collected.runs for note in run.record.notes)])
+    assert name in said or "damaged" in said or "bad is not finished" in said
 
 
 @pytest.mark.parametrize("name", ["sites.json", "scores.json", "metrics.csv", "adapter.safetensors", "config.yaml"])
