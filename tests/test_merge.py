@@ -34,7 +34,7 @@ def inputs(rows=3, length=12):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", MODELS)
 def test_transformers_gives_the_runs_logits(model, dtype, tmp_path):
     loaded = heterolora.load_run(run_of(tmp_path / "run", model, "lora_all", f"model.dtype={dtype}"))

@@ -19,8 +19,7 @@ from tests.blocks import BLOCKS, Parallel, PostLN, by_hand
 from tests.conftest import adapt, randomise, some_sites
 
 COMPILED = [
-    pytest.param(name, marks=pytest.mark.medium if name in ("bert", "llama", "gpt2") else pytest.mark.slow)
-    for name in ARCHITECTURES
+    pytest.param(name, marks=pytest.mark.medium if name == "bert" else pytest.mark.slow) for name in ARCHITECTURES
 ]
 
 
