@@ -44,6 +44,7 @@ def test_questions_are_answered_before_anything_heavy_is_imported(question):
     assert min(times) < 2, times
 
 
+@pytest.mark.slow
 def test_a_multirun_with_the_flag_last_makes_one_complete_folder_a_job(tmp_path):
     done = command(*TINY, f"outputs={tmp_path}", "trainer.max_steps=2", "proxy=snip,grad_norm", "seed=0,1", "-m")
     assert done.returncode == 0, done.stderr
@@ -179,6 +180,7 @@ def test_an_experiment_overrides_what_the_config_itself_says(tmp_path):
     assert config["proxy"]["_target_"] == "heterolora.proxies.snip.Snip"
 
 
+@pytest.mark.slow
 def test_own_files_are_trained_on_and_predicted_from_the_command_line(tmp_path):
     """As in docs/tasks.md: a CSV, a run, and its predictions for new text."""
     words = ["good", "bad", "fine", "awful"]

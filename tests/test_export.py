@@ -60,7 +60,9 @@ def gap(theirs, ours):
     return ((theirs - ours).abs().max() / ours.abs().max()).item()
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
+@pytest.fixture(
+    params=[name if name in NAMED else pytest.param(name, marks=pytest.mark.slow) for name in sorted(ARCHITECTURES)]
+)
 def name(request):
     return request.param
 
