@@ -21,6 +21,7 @@ from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.hub import hub_reachable
 from heterolora.layouts import Layout
+from heterolora.quiet import no_bars
 from heterolora.seeds import derive
 
 Dtype: TypeAlias = Literal["float32", "float64", "bfloat16", "float16"]
@@ -418,12 +419,10 @@ def byte_tokenizer(types: bool = False) -> PreTrainedTokenizerFast:
 def _quiet() -> Iterator[None]:
     """No progress bars, but for that of GGUF files, and no report of the missing head, which is expected."""
     logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        yield
+        with no_bars():
+            yield
     finally:
         logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -124,13 +124,13 @@ def export_peft(
         if parts.modules:
             config = adapter_config(
                 model.space.sites,
-                {name: rank for name, rank in model.ranks.items() if name in parts.lora},
-                {name: model.adapter(name).scale for name in parts.lora},  # type: ignore[misc]
+                {name: adapter.rank for name, adapter in parts.lora.items()},
+                {name: adapter.scale for name, adapter in parts.lora.items()},
                 fold_scale=fold_scale,
                 task_type="SEQ_CLS" if parts.saved else None,
                 modules_to_save=parts.saved,
-                base_model=getattr(getattr(model.backbone, "config", None), "_name_or_path", None) or None,
-                fan_in_fan_out=all(hasattr(model.backbone.get_submodule(m), "nx") for m in parts.modules),
+                base_model=_base_model(model.backbone),
+                fan_in_fan_out=_transposed(model.backbone, parts.modules),
                 dropout=next(iter(parts.lora.values())).dropout,
             )
             write_json(scratch / CONFIG, dict(sorted(config.items())))
@@ -179,11 +179,21 @@ def config_to_train(
         fold_scale=False,
         task_type=next((kind for end, kind in _TASK_TYPES.items() if type(backbone).__name__.endswith(end)), None),
         modules_to_save=saved,
-        base_model=getattr(getattr(backbone, "config", None), "_name_or_path", None) or None,
-        fan_in_fan_out=all(hasattr(backbone.get_submodule(modules[name]), "nx") for name in held),
+        base_model=_base_model(backbone),
+        fan_in_fan_out=_transposed(backbone, [modules[name] for name in held]),
         dropout=family.dropout,
     )
     return dict(sorted((config | {"inference_mode": False}).items()))
+
+
+def _base_model(backbone: nn.Module) -> str | None:
+    """Hub id or folder that transformers loaded it from."""
+    return getattr(getattr(backbone, "config", None), "_name_or_path", None) or None
+
+
+def _transposed(backbone: nn.Module, modules: Iterable[str]) -> bool:
+    """Whether these layers hold their weights transposed (``Conv1D``)."""
+    return all(hasattr(backbone.get_submodule(module), "nx") for module in modules)
 
 
 @dataclass(frozen=True)
@@ -272,7 +282,7 @@ def _exported(
 def _notes(model: AdaptedModel, found: Exported, origin: Origin | None) -> dict[str, Any]:
     return {
         "heterolora": __version__,
-        "base": getattr(getattr(model.backbone, "config", None), "_name_or_path", None) or None,
+        "base": _base_model(model.backbone),
         "model": dict(origin.model) if origin else None,
         "outputs": getattr(getattr(model.backbone, "config", None), "num_labels", None),
         "allocation": dict(origin.allocation) if origin else {"ranks": model.ranks},
@@ -342,17 +352,13 @@ def origin_of(
         summary: the content of ``summary.json``.
         allocation: the content of ``allocation.json``.
     """
-    metrics = {
-        split: {name: None if value is None or math.isnan(value) else value for name, value in values.items()}
-        for split, values in summary["metrics"].items()
-    }
     return Origin(
         title=summary["title"],
         task=task.name,
         text=task.inputs,
         max_length=task.max_length,
         labels=task.labels if task.outputs > 1 else None,
-        metrics=metrics,
+        metrics=summary["metrics"],
         collapsed=[split for split, found in summary["collapsed"].items() if found],
         note=summary["data"]["note"],
         seed=summary["seed"],

@@ -1,6 +1,5 @@
 """What a search leaves in a folder: sites, scores, ranks and a picture; and how its scores are read again."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
 from heterolora.errors import SettingError
 from heterolora.proxies.base import Score, total
-from heterolora.report.files import write_json, write_whole
+from heterolora.report.files import read_json, write_json, write_whole
 from heterolora.report.picture import draw_allocation
 from heterolora.space import Space
 
@@ -79,32 +78,13 @@ def read_scores(path: Path, setting: str) -> Scores:
         raise SettingError(setting, path, f"its scores are damaged ({type(error).__name__}: {error})") from error
 
 
-def read_json(path: Path, setting: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Args:
-        path: the file.
-        setting: what named it, for messages.
-
-    Raises:
-        SettingError: if it cannot be read, or is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError(setting, path, f"cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise SettingError(setting, path, "is no JSON object")
-    return content
-
-
 def _score(value: Any) -> Score:
     return [float(unit) for unit in value] if isinstance(value, list) else float(value)
 
 
 def write_findings(
     folder: Path, space: Space, scores: Scores | None, allocation: Allocation, family: AdapterFamily, title: str
-) -> None:
+) -> list[list[Any]]:
     """Write ``FILES``, each whole.
 
     Args:
@@ -114,17 +94,22 @@ def write_findings(
         allocation: the ranks.
         family: says what ranks cost.
         title: of the picture.
+
+    Returns:
+        The rows of ``sites.csv``, with ``SITE_COLUMNS``.
     """
     write_json(folder / "sites.json", [site.as_dict() for site in space.sites])
     write_json(folder / "allocation.json", allocation.as_dict())
-    table = pd.DataFrame(site_rows(space, scores, allocation, family), columns=list(SITE_COLUMNS))
+    rows = _site_rows(space, scores, allocation, family)
+    table = pd.DataFrame(rows, columns=list(SITE_COLUMNS))
     write_whole(folder / "sites.csv", partial(table.to_csv, index=False))
     if scores is not None:
         write_json(folder / "scores.json", scores.as_dict())
     draw_allocation(space, allocation, title, folder / "allocation.png")
+    return rows
 
 
-def site_rows(space: Space, scores: Scores | None, allocation: Allocation, family: AdapterFamily) -> list[list[Any]]:
+def _site_rows(space: Space, scores: Scores | None, allocation: Allocation, family: AdapterFamily) -> list[list[Any]]:
     """One row a site, as ``SITE_COLUMNS``: what it is, its score (summed over units of rank), its rank and its cost."""
     ranks, cost = allocation.ranks, family.cost(space.sites)
     return [

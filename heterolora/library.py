@@ -20,11 +20,10 @@ from heterolora.budget import Budget, Params
 from heterolora.build import build
 from heterolora.errors import SettingError
 from heterolora.export import config_to_train
-from heterolora.findings import read_json
 from heterolora.model import AdaptedModel, carries_adapters
 from heterolora.provenance import provenance
 from heterolora.proxies.base import Proxy, Score, check_scores
-from heterolora.report.files import write_json
+from heterolora.report.files import read_json, write_json
 from heterolora.report.picture import allocation_figure
 from heterolora.scoring import Probe, allocate, check_budget, rehearse, score
 from heterolora.shipped import default, option, options
@@ -187,7 +186,7 @@ def search(
         found = {name: _number(name, scores[name]) for name in sites}
         check_scores("given", _GIVEN, found, sites)
     elif rule.gain_rule is not None:
-        with _as_before(backbone, adapted):
+        with _required_as_before(backbone):
             attached = adapted or AdaptedModel(backbone, space, family, names)
             found = dict(_score(attached, dataloader, loss_fn, scorer, probe, _name(proxy, scorer), seed))
     given = {"search_space": search_space, "proxy": proxy, "allocator": allocator, "adapter": adapter, "budget": budget}
@@ -233,10 +232,11 @@ def attach(
     else:
         path = Path(allocation).expanduser()
         path = path / "allocation.json" if path.is_dir() else path
+        origin = read_json(path, "allocation").get("provenance", {})
         try:
-            ranks, origin = read_ranks(path), read_json(path, "allocation").get("provenance", {})
-        except (OSError, ValueError) as error:
-            raise error if isinstance(error, SettingError) else SettingError("allocation", path, str(error)) from error
+            ranks = read_ranks(path)
+        except ValueError as error:
+            raise SettingError("allocation", path, str(error)) from error
         if not isinstance(origin, Mapping) or not {"search_space", "adapter"} <= origin.keys():
             raise SettingError("allocation", path, "does not say what search space and adapter it is for")
         family, names = build(origin["adapter"], "adapter"), tuple(_head(model, head))
@@ -396,15 +396,14 @@ def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def _as_before(backbone: nn.Module, adapted: AdaptedModel | None) -> Iterator[None]:
+def _required_as_before(backbone: nn.Module) -> Iterator[None]:
     """Whatever is frozen for scoring requires gradients again afterwards."""
     required = [(parameter, parameter.requires_grad) for parameter in backbone.parameters()]
     try:
         yield
     finally:
-        if adapted is None:
-            for parameter, requires_grad in required:
-                parameter.requires_grad_(requires_grad)
+        for parameter, requires_grad in required:
+            parameter.requires_grad_(requires_grad)
 
 
 def _head(model: Any, given: Iterable[str] | None) -> Sequence[str]:

@@ -11,7 +11,7 @@ from heterolora.budget import Budget
 from heterolora.data.module import TextData
 from heterolora.lit import LitAdapted
 from heterolora.proxies.base import Proxy
-from heterolora.report.memory import Kept, now_mib
+from heterolora.report.memory import kept_mib, now_mib
 from heterolora.scoring import Probe, needs_head
 from heterolora.trainer import TrainerSettings
 
@@ -59,13 +59,10 @@ def planned(
 
 def kept_by_a_step(module: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
     """MiB that one training step keeps for its backward pass, with an adapter of rank 1 at every candidate site."""
-    model, counter = module.model, Kept()
+    model = module.model
     model.enable(dict.fromkeys(model.ranks, 1), module.seed)
     module.train()
     try:
-        with counter.counting([*model.parameters(), *model.buffers()]):
-            loss = module.scalar_loss(model, batch)
-        del loss
+        return kept_mib(model, lambda: module.scalar_loss(model, batch))
     finally:
         model.enable({}, module.seed)
-    return counter.mib

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from heterolora.errors import SettingError
+from heterolora.report.files import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -149,14 +150,14 @@ def find_results(folder: Path, *more: Path) -> Found:
             declared |= {result.section: said for result in done if said is not None}
             continue
         try:
-            status = _read_json(path / "status.json")
+            status = read_json(path / "status.json", "DIR")
         except SettingError:  # a process died, or the disk was full
             status = {"state": "damaged"}
         if status.get("state") not in ("finished", "planned", "continued"):
             unfinished[str(path)] = str(status.get("state"))
         elif status["state"] == "finished" and (path / "summary.json").exists():  # a tournament's own log has none
             asked = status.get("overrides", [])
-            runs.append(_Run(path, _read_json(path / "summary.json"), _read_yaml(path / "config.yaml"), asked))
+            runs.append(_Run(path, read_json(path / "summary.json", "DIR"), _read_yaml(path / "config.yaml"), asked))
     results += _from_runs(runs)
     if not results:
         states = f"; unfinished: {unfinished}" if unfinished else ""
@@ -168,7 +169,7 @@ def _declaration(folder: Path) -> tuple[str, Declared | None]:
     """The name of the tournament in a folder, and what it declared; empty and None where rows have none."""
     if not (folder / "declaration.json").exists():
         return "", None
-    content = _read_json(folder / "declaration.json")
+    content = read_json(folder / "declaration.json", "DIR")
     try:
         return content["name"], Declared(content["baseline"], content["primary"], content["tolerance"])
     except KeyError as error:
@@ -361,16 +362,6 @@ def _flat(
         else:
             flat[name] = value
     return flat
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingError("DIR", path, f"cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise SettingError("DIR", path, "is no JSON object")
-    return found
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights
 from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Statistic, Track, Values, gather
-from heterolora.report.memory import Kept
+from heterolora.report.memory import kept_mib
 from heterolora.resampling import BatchValues, Resampled, Resampling, can_be_resampled, resampled_scores
 from heterolora.scratch import ScratchValues
 from heterolora.sites import Site
@@ -380,10 +380,7 @@ class _Pass:
         with model.swapped(self.adapters):
             for training in (True, False):
                 model.train(training)
-                counter = Kept()
-                with counter.counting([*model.parameters(), *model.buffers()]):
-                    self.bench.loss(model, batch)
-                mib.append(counter.mib)
+                mib.append(kept_mib(model, lambda: self.bench.loss(model, batch)))
         step, kept = mib
         if not needs_head(self.statistics):  # no backward, so that nothing is kept for it
             kept = 0.0

@@ -24,7 +24,7 @@ from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
 from heterolora.export import hand_over, origin_of
-from heterolora.findings import FILES, SITE_COLUMNS, Scores, site_rows, write_findings
+from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
@@ -227,8 +227,7 @@ class _Run:
         if result.scores is not None:
             found = {self._proxy_name: result.scores}
             scores = Scores(self._proxy_name, found, self._scored_rows, backbone, self.config["model"])
-        write_findings(self.folder, space, scores, allocation, family, self._title())
-        rows = site_rows(space, scores, allocation, family)
+        rows = write_findings(self.folder, space, scores, allocation, family, self._title())
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
         _log.info("allocated %s parameters to %d of %d sites", spent, len(allocation.active), len(space.sites))
@@ -336,11 +335,12 @@ class _Run:
         device = next(module.model.backbone.parameters()).device
         batch = {key: value.to(device) for key, value in next(iter(data.val_dataloader())).items()}
         allocation = json.loads((self.folder / "allocation.json").read_text())
-        origin = origin_of(self.config, self.parts.task, summary, allocation)
+        written = {**summary, "metrics": without_nan(summary["metrics"])}
+        origin = origin_of(self.config, self.parts.task, written, allocation)
         summary["export"] = hand_over(
             module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
         )
-        write_json(self.folder / "summary.json", {**summary, "metrics": without_nan(summary["metrics"])})
+        write_json(self.folder / "summary.json", {**written, "export": summary["export"]})
 
     def _join_metrics(self) -> None:
         """The curves of the earlier processes, then ours."""

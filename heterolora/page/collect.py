@@ -8,11 +8,13 @@ from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from heterolora.comparison import Section
 from heterolora.errors import SettingError
 from heterolora.page.record import Record, read_record, read_variants, record_of_row
 from heterolora.results import ROWS, Result, RowFile, by_number, find_results
-from heterolora.statistics import rank_correlation
+from heterolora.statistics import correlation
 from heterolora.tables import FolderTable, TableSettings, tabulate
 
 _SETTINGS = TableSettings(split=None, metric=None, baseline=None, primary=None, tolerance=0.01, unequal=True)
@@ -220,6 +222,6 @@ def _spearman(seeds: Collection[Mapping[str, Mapping[str, float]]]) -> dict[tupl
 
 
 def _correlation(a: Mapping[str, float], b: Mapping[str, float]) -> float:
-    """Over the sites that both score; its interval over sites is not asked for, so one resample will do."""
+    """Over the sites that both score."""
     sites = [name for name in a if name in b]
-    return rank_correlation([a[name] for name in sites], [b[name] for name in sites], "spearman", resamples=1).value
+    return correlation(np.array([a[name] for name in sites]), np.array([b[name] for name in sites]), "spearman")

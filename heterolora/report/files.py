@@ -34,6 +34,25 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_json(path: Path, setting: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        path: the file.
+        setting: what named it, for messages.
+
+    Raises:
+        SettingError: if it cannot be read, or is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingError(setting, path, f"cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise SettingError(setting, path, "is no JSON object")
+    return content
+
+
 def check_new_folder(path: Path, setting: str) -> None:
     """Refuse a place where no new folder can be made.
 

@@ -2,11 +2,12 @@
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 _STATUS = Path("/proc/self/status")
 _RESET = Path("/proc/self/clear_refs")
@@ -40,6 +41,15 @@ def now_mib() -> float | None:
     if _STATUS.exists() and (match := re.search(r"VmRSS:\s+(\d+) kB", _STATUS.read_text())):
         return int(match[1]) / 1024
     return None
+
+
+def kept_mib(model: nn.Module, forward: Callable[[], object]) -> float:
+    """MiB that autograd keeps of one forward call for its backward pass, beside the model's own tensors."""
+    counter = Kept()
+    with counter.counting([*model.parameters(), *model.buffers()]):
+        graph = forward()
+    del graph
+    return counter.mib
 
 
 class Kept:
