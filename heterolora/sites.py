@@ -69,6 +69,11 @@ class Site:
         return None
 
     @property
+    def entry(self) -> int:
+        """Blocks of its stream that run before the site reads anything: a step need not go back below."""
+        return self.source.index // 2 if isinstance(self.source, Tap) else self.layer
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The role, and those that a fused layer stands for: a rule for q or v means a fused qkv too."""
         return (self.role, *FUSED.get(self.role, ()))

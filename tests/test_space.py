@@ -123,6 +123,7 @@ def test_lora_sites_are_the_linear_layers_of_the_blocks(architecture):
     for site in sites:
         assert (site.source, site.sink) == (Port(site.source.module, "in"), Port(site.source.module, "out"))
         assert (site.name, site.span) == (site_name(site.stream, site.layer, site.role), None)
+        assert site.entry == site.layer
         if not architecture.startswith("albert"):  # there the path has the group, not the layer
             assert str(site.layer) in site.source.module.split(".")
 
@@ -162,6 +163,7 @@ def test_shortcuts_of_one_span_start_at_every_tap_that_leaves_room(span):
     for site in sites:
         start, end = site.source.index, site.sink.index
         assert site.span == end - start == span
+        assert site.entry == start // 2
         assert site.layer == (end - 1) // 2
         stem, side = "residual" if span == 1 else "shortcut", "ffn" if start % 2 else "attn"
         assert site.role == f"{stem}_{side}"
