@@ -125,7 +125,7 @@ def test_q_k_and_v_share_one_product():
 
 
 def test_a_layer_that_is_called_alone_computes_its_own_part():
-    model, batch = placed([{"kind": "lora", "role": ["q", "k", "v"]}], layers=[1])
+    model, _ = placed([{"kind": "lora", "role": ["q", "k", "v"]}], layers=[1])
     attention = model.backbone.bert.encoder.layer[1].attention.self
     x, other = torch.randn(2, 2, 3, 32, dtype=torch.float64)
     expected = [x @ layer.weight.T + layer.bias + model.adapter(f"1.{role}")(x) for role, layer in
