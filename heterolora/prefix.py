@@ -16,7 +16,7 @@ def frozen_blocks(model: AdaptedModel) -> int:
     0 where the first blocks are not all that comes first: with two streams, and with blocks that share their weights.
     """
     blocks = _blocks(model)
-    if len(set(blocks)) < len(blocks):
+    if not blocks or len(set(blocks)) < len(blocks):
         return 0
     entries = [site.entry for site in model.space.sites if model.active_adapter(site.name) is not None]
     return min(entries, default=len(blocks))
@@ -56,6 +56,7 @@ class Prefix:
 
         with ExitStack() as exits:
             exits.enter_context(_evaluating(self.model.backbone))
+            exits.enter_context(self.model.paused())  # what is active comes later, at blocks that do not run
             exits.enter_context(_instead(last, keep))
             for module in modules[self.blocks :]:
                 exits.enter_context(_instead(module, lambda *args, **kwargs: self._form(args[0])))
