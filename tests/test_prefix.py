@@ -110,7 +110,7 @@ def test_blocks_that_hand_on_more_than_a_hidden_state_are_refused():
     settings = PrefixSettings(True, True, 10, None, None)
     frozen = FrozenPrefix(settings, {"train": [9, 8, 7, 6]}, 1)
     rows = batch | {"index": torch.arange(4)}
-    with pytest.raises(SettingError, match="2 blocks.*skipped"), frozen.entered(model, rows, "train"):
+    with pytest.raises(SettingError, match=r"2 blocks.*skipped"), frozen.entered(model, rows, "train"):
         pass
 
 
