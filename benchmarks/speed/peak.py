@@ -52,7 +52,9 @@ def measure(given: Mapping[str, Any]) -> float:
     return peak_mib() - before
 
 
-def _learner(backbone: Backbone, other: torch.nn.Module | None, placement: Placement, given: Mapping[str, Any]) -> Learner:
+def _learner(
+    backbone: Backbone, other: torch.nn.Module | None, placement: Placement, given: Mapping[str, Any]
+) -> Learner:
     if other is None:
         return subjects.ours(backbone, placement, given["model"], given["seed"])
     assert isinstance(other, AdaptedModel)

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from benchmarks.speed.results import WrongResult
+from benchmarks.speed.results import WrongResultError
 from benchmarks.speed.subjects import SCALE, Batch, Learner, Placement
 from heterolora.backbone import Backbone
 from heterolora.model import AdaptedModel
@@ -45,7 +45,7 @@ def peft(backbone: Backbone, placement: Placement, sites: AdaptedModel) -> Learn
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's own use of transformers
-        made: Any = get_peft_model(backbone.model, config)  # type: ignore[arg-type]
+        made: Any = get_peft_model(backbone.model, config)
     found = dict(made.base_model.model.named_modules())
     factors = {name: _factors(found[path]) for name, path in modules.items()}
     saved = {name: _saved(found, name) for name in backbone.head}
@@ -66,18 +66,18 @@ def check_same_parameters(one: Learner, other: Learner) -> None:
     """Refuse two learners that train different numbers of parameters.
 
     Raises:
-        WrongResult: then.
+        WrongResultError: then.
     """
     counts = [sum(p.numel() for p in learner.trained) for learner in (one, other)]
     if counts[0] != counts[1]:
-        raise WrongResult(f"{one.name} trains {counts[0]:,} parameters, {other.name} {counts[1]:,}")
+        raise WrongResultError(f"{one.name} trains {counts[0]:,} parameters, {other.name} {counts[1]:,}")
 
 
 def check_same_start(one: Learner, other: Learner, batch: Batch) -> str:
     """Both compute one loss before the first step.
 
     Raises:
-        WrongResult: if not.
+        WrongResultError: if not.
     """
     with _evaluating(one), _evaluating(other), torch.no_grad():
         return _check_loss(one, other, one.loss(batch), other.loss(batch), "at step 0")
@@ -97,11 +97,11 @@ def check_equal(one: Learner, other: Learner, batch: Batch) -> list[str]:
         What was found, in words.
 
     Raises:
-        WrongResult: if anything differs by more than float32 allows.
+        WrongResultError: if anything differs by more than float32 allows.
     """
     check_same_parameters(one, other)
     if one.factors.keys() != other.factors.keys() or one.head.keys() != other.head.keys():
-        raise WrongResult(f"{one.name} and {other.name} adapt different places")
+        raise WrongResultError(f"{one.name} and {other.name} adapt different places")
     start = check_same_start(one, other, batch)
     before = {name: b.detach().clone() for name, (_, b) in one.factors.items()}
     _fill(one, torch.Generator().manual_seed(0))
@@ -120,7 +120,7 @@ def check_drops(learner: Learner, batch: Batch) -> str:
     """The learner's dropout does something: with factors that are not 0, two draws give two losses.
 
     Raises:
-        WrongResult: if not.
+        WrongResultError: if not.
     """
     before = {name: b.detach().clone() for name, (_, b) in learner.factors.items()}
     _fill(learner, torch.Generator().manual_seed(0))
@@ -130,14 +130,14 @@ def check_drops(learner: Learner, batch: Batch) -> str:
         for name, value in before.items():
             learner.factors[name][1].copy_(value)
     if losses[0] == losses[1]:
-        raise WrongResult(f"{learner.name} shall drop features and does not")
+        raise WrongResultError(f"{learner.name} shall drop features and does not")
     return f"{learner.name} drops features"
 
 
 def _check_loss(one: Learner, other: Learner, a: torch.Tensor, b: torch.Tensor, when: str) -> str:
     difference = abs(a.item() - b.item())
     if not difference <= LOSS_TOLERANCE * abs(b.item()):
-        raise WrongResult(f"the loss {when} is {a.item()} ({one.name}) and {b.item()} ({other.name})")
+        raise WrongResultError(f"the loss {when} is {a.item()} ({one.name}) and {b.item()} ({other.name})")
     return f"losses of {one.name} and {other.name} {when} differ by {difference:.1e}"
 
 
@@ -148,11 +148,11 @@ def _check_gradients(one: Learner, other: Learner) -> float:
     furthest = 0.0
     for name, (ours, theirs) in pairs.items():
         if ours.grad is None or theirs.grad is None:
-            raise WrongResult(f"{name} has no gradient")
+            raise WrongResultError(f"{name} has no gradient")
         norm = theirs.grad.norm().item()
         far = (ours.grad - theirs.grad).norm().item() / max(norm, 1e-12)
         if not (norm > 0 and far <= GRADIENT_TOLERANCE):
-            raise WrongResult(f"gradients of {name} differ by {far:.1e} of their norm {norm:.1e}")
+            raise WrongResultError(f"gradients of {name} differ by {far:.1e} of their norm {norm:.1e}")
         furthest = max(furthest, far)
     for learner in (one, other):
         learner.model.zero_grad()

@@ -13,7 +13,7 @@ from benchmarks.speed.machine import ROOT
 _TAIL = 2000
 
 
-class CommandFailed(RuntimeError):
+class CommandFailedError(RuntimeError):
     """A command did not end well."""
 
 
@@ -42,7 +42,7 @@ def python(arguments: Sequence[str], threads: int, more: Mapping[str, str] | Non
         cwd: where to start it.
 
     Raises:
-        CommandFailed: if it does not end with 0; with the end of what it wrote.
+        CommandFailedError: if it does not end with 0; with the end of what it wrote.
     """
     environment = {
         **os.environ,
@@ -57,5 +57,5 @@ def python(arguments: Sequence[str], threads: int, more: Mapping[str, str] | Non
     done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
-        raise CommandFailed(f"{' '.join(command)}: ended with {done.returncode}\n{done.stderr[-_TAIL:]}")
+        raise CommandFailedError(f"{' '.join(command)}: ended with {done.returncode}\n{done.stderr[-_TAIL:]}")
     return Done(seconds, started, done.stdout)

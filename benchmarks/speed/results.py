@@ -17,7 +17,7 @@ FORMAT = 1
 Unit: TypeAlias = Literal["s", "MiB", "share", "exponent"]
 
 
-class WrongResult(AssertionError):
+class WrongResultError(AssertionError):
     """Two things that are timed beside each other compute different values: their times would mean nothing."""
 
 

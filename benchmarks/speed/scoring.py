@@ -1,9 +1,10 @@
 """What a search costs: scoring passes beside training steps, in seconds and memory."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+
+import torch
 
 from benchmarks.speed import memory
 from benchmarks.speed.bench import Bench
@@ -12,7 +13,7 @@ from benchmarks.speed.peak import plain_loss, probe
 from benchmarks.speed.peers import PEFT
 from benchmarks.speed.results import Found, Row, compared
 from benchmarks.speed.steps import together
-from benchmarks.speed.subjects import ALL_R8, Batch, Learner, random_batch
+from benchmarks.speed.subjects import ALL_R8, Batch, Learner, random_batch, space_of
 from heterolora.build import build
 from heterolora.model import AdaptedModel
 from heterolora.scoring import score_all
@@ -65,7 +66,7 @@ def all_first_order(bench: Bench) -> Found:
     names, count = list(FIRST_ORDER), 3 if bench.short else 32
     learners, _, checks = together(bench, bench.encoder, bench.size(16, 64), ALL_R8)
     batches = batches_of(bench, count)
-    things = {
+    things: dict[str, Callable[[], object]] = {
         "ours": scoring(bare(bench), names, batches, bench.seed),
         PEFT: partial(_passes, learners[PEFT], batches),
     }
@@ -84,28 +85,26 @@ def all_first_order(bench: Bench) -> Found:
 
 def bare(bench: Bench) -> AdaptedModel:
     """Our model with all linears as candidates and no adapter."""
-    from benchmarks.speed.subjects import space_of
-
     backbone = bench.shelf.backbone(bench.encoder)
     space, _, family = space_of(backbone, ALL_R8, bench.encoder)
     return AdaptedModel(backbone.model, space, family, backbone.head)
 
 
-def batches_of(bench: Bench, count: int) -> list[dict[str, Any]]:
+def batches_of(bench: Bench, count: int) -> list[dict[str, torch.Tensor]]:
     """Different batches of one size."""
     backbone = bench.shelf.backbone(bench.encoder)
     return [{**random_batch(backbone, *bench.size(16, 64), bench.seed + at)} for at in range(count)]
 
 
-def scoring(model: AdaptedModel, names: list[str], batches: list[dict[str, Any]], seed: int) -> Callable[[], object]:
+def scoring(
+    model: AdaptedModel, names: list[str], batches: list[dict[str, torch.Tensor]], seed: int
+) -> Callable[[], object]:
     """One call of ``score_all``, to be timed."""
     proxies = {name: build(option("proxy", name), "proxy") for name in names}
-    return lambda: score_all(
-        model, plain_loss, batches, [], proxies=proxies, probe=probe(len(batches)), seed=seed
-    )  # type: ignore[arg-type]
+    return lambda: score_all(model, plain_loss, batches, [], proxies=proxies, probe=probe(len(batches)), seed=seed)
 
 
-def _passes(learner: Learner, batches: list[Batch]) -> None:
+def _passes(learner: Learner, batches: Sequence[Batch]) -> None:
     learner.model.train()
     for batch in batches:
         learner.backward(batch)

@@ -60,7 +60,7 @@ def together(
     """Ours, PEFT's (with LoRA on q and v where ours has shortcuts) and, if asked for, the bound; proved equal.
 
     Raises:
-        WrongResult: if they compute different things.
+        WrongResultError: if they compute different things.
     """
     mine = ours(bench.shelf.backbone(model), placement, model, bench.seed)
     batch = random_batch(bench.shelf.backbone(model), *size, bench.seed)
@@ -94,6 +94,8 @@ def _rows(placement: Placement, times: Times, learners: Mapping[str, Learner]) -
     rows = [compared(placement.name, mine, theirs, peer, target=TO_PEFT.get(placement.name))]
     if BOUND in learners:
         least = times.seconds[BOUND]
-        rows.append(compared(f"{placement.name}: ours to the bound", mine, least, BOUND, target=TO_BOUND.get(placement.name)))
+        rows.append(
+            compared(f"{placement.name}: ours to the bound", mine, least, BOUND, target=TO_BOUND.get(placement.name))
+        )
         rows.append(compared(f"{placement.name}: PEFT to the bound", theirs, least, BOUND))
     return rows
