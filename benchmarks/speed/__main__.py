@@ -83,8 +83,11 @@ def _measure(given: argparse.Namespace, out: Path) -> int:
         _log.info("%s: %s", place, CASES[name].title)
         try:
             run(name, bench)
-        except (WrongResultError, CommandFailedError) as error:
+        except (WrongResultError, CommandFailedError, SettingError) as error:
             _log.error("%s: %s", place, error)
+            failed.append(name)
+        except Exception:  # the other cases are worth an hour; this one counts as wrong
+            _log.exception("%s failed", place)
             failed.append(name)
     results = [read_result(path) for name in chosen if (path := out / f"{name}.json").exists()]
     sys.stdout.write(fragment([result for result in results if result.case not in failed], TITLES))

@@ -4,7 +4,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,28 +68,37 @@ def alternate(
             thing()
     names, last = list(things), time.monotonic()
     times = Times({name: [] for name in names}, [])
-    for repetition in range(repeats):
-        gc.collect()
-        for name in names if repetition % 2 == 0 else reversed(names):
-            times.order.append(name)
-            times.seconds[name].append(_timed(things[name], calls, clock))
-        if time.monotonic() - last > _PROGRESS_SECONDS:
-            last = time.monotonic()
-            _log.info("  repetition %d of %d", repetition + 1, repeats)
+    with _collecting_by_hand():
+        for repetition in range(repeats):
+            gc.collect()
+            for name in names if repetition % 2 == 0 else reversed(names):
+                times.order.append(name)
+                times.seconds[name].append(_timed(things[name], calls, clock))
+            if time.monotonic() - last > _PROGRESS_SECONDS:
+                last = time.monotonic()
+                _log.info("  repetition %d of %d", repetition + 1, repeats)
     return times
 
 
-def _timed(thing: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+@contextmanager
+def _collecting_by_hand() -> Iterator[None]:
+    """No garbage is collected by itself; what is there already is not looked at, which would take half a second."""
     collects = gc.isenabled()
     gc.disable()
+    gc.freeze()
     try:
-        start = clock()
-        for _ in range(calls):
-            thing()
-        return (clock() - start) / calls
+        yield
     finally:
+        gc.unfreeze()
         if collects:
             gc.enable()
+
+
+def _timed(thing: Callable[[], object], calls: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(calls):
+        thing()
+    return (clock() - start) / calls
 
 
 def calls_for(thing: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:

@@ -27,8 +27,10 @@ def fragment(results: Iterable[Result], titles: Mapping[str, str]) -> str:
 
 def _part(result: Result, title: str) -> str:
     rows = "".join(map(_line, result.found.rows))
-    notes = "".join(f"- {row.what}: {row.note}\n" for row in result.found.rows if row.note)
-    checks = "".join(f"- checked first: {check}\n" for check in result.found.checks)
+    notes = "".join(f"- {note}\n" for note in dict.fromkeys(row.note for row in result.found.rows if row.note))
+    checks, count = "", len(result.found.checks)
+    if count:
+        checks = f"- what is compared was shown to compute the same ({count} checks, see `{result.case}.json`)\n"
     return f"### {title}\n\n{_HEADER}{rows}\n{notes}{checks}- {_measured(result)}\n"
 
 

@@ -70,8 +70,8 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met; None: there is none."""
-        if self.target is None:
+        """Whether the target is met; None: there is none, or one seed alone, which has no interval."""
+        if self.target is None or (self.target.of == "difference" and (self.low is None or self.high is None)):
             return None
         if self.target.of == "ours":
             return self.ours <= self.target.limit

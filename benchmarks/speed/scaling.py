@@ -137,8 +137,11 @@ def by_length_and_rank(bench: Bench) -> Found:
     """A training step beside PEFT's, for lengths (q,v r=8) and for ranks (all linears)."""
     lengths, ranks = ((4, 8), (1, 2)) if bench.short else ((32, 64, 128, 256), (1, 2, 8, 32))
     rows, checks = [], []
+    usual = bench.size(8, 64)[1]
     asked = [(f"{length} tokens, {QV_R8.name}", QV_R8, length) for length in lengths]
-    asked += [(f"all linears r={rank}, 64 tokens", Placement("all linears", "lora_all", rank), 64) for rank in ranks]
+    for rank in ranks:
+        placement = Placement(f"all linears r={rank}", "lora_all", rank)
+        asked.append((f"{usual} tokens, {placement.name}", placement, usual))
     for what, placement, length in asked:
         size = bench.size(8, length)
         learners, batch, found = together(bench, bench.encoder, size, placement)

@@ -32,7 +32,7 @@ MEMORY = 1.10
 def every_proxy(bench: Bench) -> Found:
     """Seconds of each proxy's pass beside one training step; peak memory of both, in processes of their own."""
     names = list(FIRST_ORDER[:2]) if bench.short else options("proxy")
-    count = 2 if bench.short else 8
+    count = 2 if bench.short else 4
     learners, batch, checks = together(bench, bench.encoder, bench.size(16, 64), ALL_R8)
     step = learners[PEFT].stepping(batch)
     model = bare(bench)
