@@ -401,10 +401,12 @@ def test_a_wrong_result_fails_after_the_other_cases_and_leaves_no_file(fakes, tm
     assert f"Case {case}" not in capsys.readouterr().out
 
 
-def test_an_old_result_of_a_case_that_is_wrong_now_is_not_shown(fakes, tmp_path, capsys):
-    result(case="wrong").write(tmp_path)
-    assert main(["wrong", "--out", str(tmp_path), "--threads", "1"]) == 1
-    assert "Case wrong" not in capsys.readouterr().out
+@pytest.mark.parametrize(("case", "left"), [("wrong", 0), ("broken", 1)])
+def test_an_old_result_of_a_case_that_is_wrong_now_goes_and_is_not_shown(fakes, tmp_path, capsys, case, left):
+    result(case=case).write(tmp_path)
+    assert main([case, "--out", str(tmp_path), "--threads", "1"]) == 1
+    assert f"Case {case}" not in capsys.readouterr().out
+    assert len(list(tmp_path.iterdir())) == left
 
 
 def test_what_takes_hours_is_measured_only_by_name(fakes, tmp_path):

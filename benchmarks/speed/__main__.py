@@ -83,7 +83,11 @@ def _measure(given: argparse.Namespace, out: Path) -> int:
         _log.info("%s: %s", place, CASES[name].title)
         try:
             run(name, bench)
-        except (WrongResultError, CommandFailedError, SettingError) as error:
+        except WrongResultError as error:
+            _log.error("%s: %s", place, error)
+            (out / f"{name}.json").unlink(missing_ok=True)  # an earlier result would look as if it still held
+            failed.append(name)
+        except (CommandFailedError, SettingError) as error:
             _log.error("%s: %s", place, error)
             failed.append(name)
         except Exception:  # the other cases are worth an hour; this one counts as wrong
