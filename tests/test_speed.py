@@ -1,5 +1,6 @@
 """The benchmarks: who takes turns with whom, what is compared is the same, what the tables say."""
 
+import ast
 import itertools
 import json
 import math
@@ -535,6 +536,14 @@ def test_inference_is_that_of_the_same_function(bench, monkeypatch):
     assert [row.what.partition(",")[0] for row in rows[:4]] == ["merged", "all linears r=8", FULL.name[:25], "PEFT"]
     assert len(rows) == 8
     assert all(row.peer_name == "backbone" for row in rows)
+
+
+def test_the_peers_script_has_nothing_of_ours():
+    tree = ast.parse((ROOT / "benchmarks" / "speed" / "peft_trainer.py").read_text())
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert "peft" in found
+    assert not {name.partition(".")[0] for name in found} & {"heterolora", "benchmarks", "lightning", "hydra"}
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------

@@ -37,6 +37,12 @@ class Bench:
         return max(2, self.repeats // 2)
 
     @property
+    def mrpc(self) -> Path | None:
+        """The folder of MRPC's files, if there is one."""
+        folder = None if self.data_root is None else Path(self.data_root) / "glue" / "MRPC"
+        return folder if folder is not None and folder.is_dir() else None
+
+    @property
     def encoder(self) -> str:
         """The encoder's name among models."""
         return "tiny_bert" if self.short else "minilm"

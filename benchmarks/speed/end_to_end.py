@@ -51,7 +51,7 @@ def end_to_end(bench: Bench) -> Found:
         SettingError: without ``data.root``.
         WrongResultError: if the two did not train on the same rows, for as many steps, with as many parameters.
     """
-    if bench.data_root is None or not (Path(bench.data_root) / "glue" / "MRPC").is_dir():
+    if bench.mrpc is None:
         raise SettingError("--data", bench.data_root, "a folder with glue/MRPC; or set HETEROLORA_DATA")
     runs = _Runs(bench)
     names = [*OURS, *PEERS]
@@ -185,7 +185,7 @@ class _Runs:
         ]
 
     def _peer(self, folder: Path, seed: int, more: Sequence[str]) -> Measured:
-        data = self.folder / "data" if self.bench.short else Path(str(self.bench.data_root)) / "glue" / "MRPC"
+        data = self.folder / "data" if self.bench.short else self.bench.mrpc
         given = ["--model", str(self.model), "--data", str(data), "--out", str(folder), "--seed", str(seed)]
         given += ["--epochs", str(self.epochs), *more]
         done = python([_SCRIPT, *given], self.bench.threads)

@@ -44,7 +44,7 @@ def first_step(bench: Bench) -> Found:
 
 def command(bench: Bench, folder: Path) -> list[str]:
     """What ``train.py`` is given; the tokens of the first time are there the next."""
-    task = ["task=mrpc", f"data.root={bench.data_root}"] if bench.data_root else ["task=rotten_tomatoes"]
+    task = ["task=mrpc", f"data.root={bench.data_root}"] if bench.mrpc else ["task=rotten_tomatoes"]
     small = ["data.limit=64"] if bench.short else []
     return [
         "train.py",
