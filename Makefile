@@ -1,4 +1,5 @@
-# make train | test | test-quick | test-slow | tournament-small | allocation-table | proxy-scores | lint | format | clean
+# make train | test | test-quick | test-slow | tournament-small | allocation-table | proxy-scores
+# make bench | bench-end-to-end | bench-short | lint | format | clean
 # settings: VENV, PYTHON, TORCH_INDEX, ARGS
 VENV ?= .venv
 PYTHON ?= python3
@@ -6,7 +7,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores lint format clean
+.PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores bench bench-end-to-end bench-short lint format clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
@@ -32,6 +33,20 @@ allocation-table: $(VENV)/installed
 # Judge every proxy on the rows that the table has; scores that are missing are computed first (minutes).
 proxy-scores: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.allocation_table.judge $(ARGS)
+
+# Speed and memory beside PEFT (a quarter of an hour on a quiet machine); it may be stopped and goes on case by case.
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+	$(BIN)/python -m benchmarks.speed --write docs/performance.md
+
+# Whole fine-tunings on MRPC, five seeds (an hour); it may be stopped and goes on run by run.
+bench-end-to-end: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.speed end_to_end $(ARGS)
+	$(BIN)/python -m benchmarks.speed --write docs/performance.md
+
+# Tiny models and two repetitions: fails if ours and PEFT's compute different values, never on a time.
+bench-short: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.speed --short $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
