@@ -29,7 +29,7 @@ def first_step(bench: Bench) -> Found:
             "help": lambda: python(["train.py", "--help"], bench.threads),
         }
         warmup = 1
-        seconds = alternate(things, bench.few, warmup=warmup).seconds
+        seconds = alternate(things, bench.repeats, warmup=warmup).seconds
     found = clock[warmup:]
     _log.info("  first step after %.1f s", found[0])
     return Found(

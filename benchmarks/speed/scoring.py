@@ -75,7 +75,7 @@ def all_first_order(bench: Bench) -> Found:
         "ours": scoring(bare(bench), names, batches, bench.seed),
         PEFT: partial(_passes, learners[PEFT], batches),
     }
-    times = alternate(things, bench.few if not bench.short else bench.repeats, warmup=1)
+    times = alternate(things, bench.repeats, warmup=1)
     what = f"{', '.join(names)} together, {count} batches"
     peer = f"{count} forward and backward passes of PEFT"
     seconds = times.seconds
