@@ -32,11 +32,6 @@ class Bench:
     shelf: Shelf
 
     @property
-    def few(self) -> int:
-        """Repetitions of what starts processes or takes many seconds."""
-        return max(2, self.repeats // 2)
-
-    @property
     def mrpc(self) -> Path | None:
         """The folder of MRPC's files, if there is one."""
         folder = None if self.data_root is None else Path(self.data_root) / "glue" / "MRPC"
