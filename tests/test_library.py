@@ -63,8 +63,8 @@ def test_names_mean_the_shipped_options_and_objects_themselves(model, loader):
     )
     greedy = Greedy(0, 32, "harmonic", "none", None, exact=True, seed=0)
     made = heterolora.search(
-        model, loader, search_space="lora_all", proxy=GradNorm(), allocator=greedy, budget=UniformRank(2, ["q", "v"]),
-        probe=PROBE,
+        model, loader, search_space="lora_all", proxy=GradNorm(), allocator=greedy,
+        budget=UniformRank(2, ["q", "v"], None), probe=PROBE,
     )  # fmt: skip
     assert by_name.ranks == made.ranks
     assert by_name.scores == made.scores
