@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from torch import nn
 
 from heterolora.budget import Budget
 from heterolora.errors import SettingError
+from heterolora.layouts import HookPoint
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.proxies.evidence import Batch, Loss, Track
 from heterolora.report.files import read_json, write_json
@@ -44,8 +46,11 @@ _SECONDS = 12.0
 _ROUNDS = (3, 9)
 """At least and at most so many steps of each placement, after one that warms up."""
 
-_DEPTHS = 4
-"""Places in each stream where the backward pass is made to end; between two of them, blocks are taken as equal."""
+_LOOKS = 5
+"""Forward passes in which blocks are timed."""
+
+_DEPTHS = 3
+"""Places in each stream where the backward pass is made to end."""
 
 _SITES = 24
 """At most so many adapters of one shape at a time: enough to be seen in the time of a step."""
@@ -195,9 +200,9 @@ def calibrate(model: AdaptedModel, loss: Loss, batch: Batch, track: Track = untr
         _widened(model) as wide,
     ):
         wide.train()
-        plan = _Plan.of(wide.space.sites, wide.space.survey, _running_order(wide, loss, batch), bool(wide.head))
         clock = _Clock(wide, loss, batch)
-        return plan.solve(clock.steps(plan.placements, track), clock.forward())
+        plan = _Plan.of(wide.space.sites, wide.space.survey, clock.look(), bool(wide.head))
+        return plan.solve(clock.steps(plan.placements, track))
 
 
 @contextmanager
@@ -226,22 +231,19 @@ def _checkpoints(model: AdaptedModel) -> bool:
     return any(getattr(context, "__self__", None) is model for context in contexts)
 
 
-def _running_order(model: AdaptedModel, loss: Loss, batch: Batch) -> list[str]:
-    """The streams in the order in which they run."""
-    stacks, order = model.space.survey.stacks, dict[str, None]()
-    handles = [
-        model.backbone.get_submodule(stack.blocks[0]).register_forward_pre_hook(
-            lambda module, args, stream=stream: order.setdefault(stream)
-        )
-        for stream, stack in stacks.items()
-    ]
-    try:
-        with torch.no_grad():
-            loss(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [*order, *(stream for stream in stacks if stream not in order)]
+@dataclass(frozen=True)
+class _Look:
+    """What forward passes without adapters show.
+
+    Attributes:
+        forward: stream -> seconds of each block; streams in the order in which they run.
+        shares: kind of site -> share of the block in which it joins that lies before that place.
+        whole: seconds of the pass; more than the sum of blocks.
+    """
+
+    forward: Mapping[str, Sequence[float]]
+    shares: Mapping[str, float]
+    whole: float
 
 
 @dataclass(frozen=True)
@@ -249,80 +251,110 @@ class _Plan:
     """What is timed, and how unknown seconds follow from it.
 
     Attributes:
-        depths: stream -> number of blocks, in running order.
-        cuts: levels where a backward pass is made to end, ascending; blocks from one to the next are taken as equal.
+        sites: the candidates.
+        blocks: sort of each block, in running order; blocks with linear layers of the same widths are alike.
         shapes: kind of site -> number of its shape.
+        widths: for each shape, what a unit of rank costs in comparison: in + out, times calls.
         placements: what is timed.
-        rows: for each, how often it takes each of the unknown: the constant part, the backward pass of the blocks from
-            each cut to the next, and of each shape the fixed part and that per unit of rank.
+        look: gives levels.
     """
 
-    depths: Mapping[str, int]
-    cuts: Sequence[int]
+    sites: Mapping[str, Site]
+    blocks: Sequence[int]
     shapes: Mapping[str, int]
+    widths: Sequence[int]
     placements: Sequence[Placement]
-    rows: Sequence[Sequence[float]]
+    look: _Look
 
     @classmethod
-    def of(cls, sites: Sequence[Site], survey: Survey, order: Sequence[str], head: bool) -> "_Plan":
+    def of(cls, sites: Sequence[Site], survey: Survey, look: _Look, head: bool) -> "_Plan":
         """The plan for these sites; with a head, a step without adapters has something to train."""
-        depths = {stream: survey.depth(stream) for stream in order}
-        scale = StepTimes(0.0, {s: [0.0] * n for s, n in depths.items()}, {}, {})  # levels alone are asked of it
-        first: dict[int, Site] = {}
-        for site in sites:
-            first.setdefault(scale.level(site), site)
-        cuts: list[int] = []
-        for stream in order:
-            found = sorted(level for level, site in first.items() if site.stream == stream and level < scale.blocks)
-            cuts += _spread(found, _DEPTHS)
+        scale = _scale(look)
+        lowest: dict[tuple[str, int], Site] = {}
+        for site in sorted(sites, key=scale.level):
+            lowest.setdefault((site.stream, site.joins), site)
+        ends: list[Site] = []
+        for stream in look.forward:
+            ends += _spread(
+                [s for (of, joins), s in lowest.items() if of == stream and joins < survey.depth(of)], _DEPTHS
+            )
         alike: dict[tuple[int, int, int], list[Site]] = {}
         for site in sites:
             alike.setdefault((site.in_features, site.out_features, _calls(site, survey)), []).append(site)
-        shapes = {kind_of(site): number for number, group in enumerate(alike.values()) for site in group}
+        some = [_spread(group, _SITES) for group in alike.values()]
+        few, many = _RANKS
+        first = {ends[0].name: min(few, _widest(ends[0]))}
         placements: list[Placement] = [{}] if head else []
-        placements += [{first[cut].name: min(_RANKS[0], _widest(first[cut]))} for cut in cuts]
-        lowest = placements[1 if head else 0]
-        for group in alike.values():
-            some = _spread(group, _SITES)
-            for rank in dict.fromkeys(min(rank, *map(_widest, some)) for rank in _RANKS):
-                placements.append(lowest | {site.name: rank for site in some})
-        by_name = {site.name: site for site in sites}
-        rows = []
-        for placement in placements:
-            active = [(by_name[name], rank) for name, rank in placement.items()]
-            reached = min((scale.level(site) for site, _ in active), default=scale.blocks)
-            ends = [*cuts[1:], scale.blocks]
-            row = [1.0, *(max(0, end - max(cut, reached)) / (end - cut) for cut, end in zip(cuts, ends, strict=True))]
-            for number in range(len(alike)):
-                ranks = [rank for site, rank in active if shapes[kind_of(site)] == number]
-                row += [float(len(ranks)), float(sum(ranks))]
-            rows.append(row)
-        return cls(depths, cuts, shapes, placements, rows)
-
-    def solve(self, seconds: Sequence[float], forward: Mapping[str, Sequence[float]]) -> StepTimes:
-        """The non-negative seconds that explain the measured ones best.
-
-        Args:
-            seconds: of a step with each placement.
-            forward: stream -> seconds of each block's forward.
-        """
-        found = [float(value) for value in nnls(np.array(self.rows), np.array(seconds))[0]]
-        constant, segments, adapters = found[0], found[1 : 1 + len(self.cuts)], found[1 + len(self.cuts) :]
-        blocks = [0.0] * sum(self.depths.values())
-        for cut, end, whole in zip(self.cuts, [*self.cuts[1:], len(blocks)], segments, strict=True):
-            blocks[cut:end] = [whole / (end - cut)] * (end - cut)
-        backward, start = {}, 0
-        for stream, depth in self.depths.items():
-            backward[stream] = blocks[start : start + depth]
-            start += depth
-        whole = sum(map(sum, forward.values()))
-        part = min(1.0, constant / whole) if whole else 1.0  # the two were not timed in the same steps
-        return StepTimes(
-            constant - part * whole,
-            {stream: [part * value for value in forward[stream]] for stream in self.depths},
-            backward,
-            {kind: (adapters[2 * shape], adapters[2 * shape + 1]) for kind, shape in self.shapes.items()},
+        placements += [{site.name: min(few, _widest(site))} for site in ends]
+        placements += [first | {site.name: min(few, _widest(site)) for site in group} for group in some]
+        placements.append({site.name: min(many, _widest(site)) for group in [ends[:1], *some] for site in group})
+        return cls(
+            {site.name: site for site in sites},
+            _sorts(survey, list(look.forward)),
+            {kind_of(site): number for number, group in enumerate(alike.values()) for site in group},
+            [(wide_in + wide_out) * calls for wide_in, wide_out, calls in alike],
+            placements,
+            look,
         )
+
+    def rows(self) -> list[list[float]]:
+        """For each placement how often it takes each unknown.
+
+        The constant part, the backward pass of each sort of block, an adapter of each shape, and a unit of rank.
+        """
+        scale, depth = _scale(self.look), len(self.blocks)
+        found = []
+        for placement in self.placements:
+            active = [(self.sites[name], rank) for name, rank in placement.items()]
+            lowest = min((scale.level(site) for site, _ in active), default=depth)
+            through = [min(max(block + 1 - lowest, 0.0), 1.0) for block in range(depth)]
+            shapes = [self.shapes[kind_of(site)] for site, _ in active]
+            units = sum(rank * self.widths[shape] for shape, (_, rank) in zip(shapes, active, strict=True))
+            sorts = [
+                sum(part for part, sort in zip(through, self.blocks, strict=True) if sort == number)
+                for number in range(max(self.blocks) + 1)
+            ]
+            adapters = [float(shapes.count(number)) for number in range(len(self.widths))]
+            found.append([1.0, *sorts, *adapters, float(units)])
+        return found
+
+    def solve(self, seconds: Sequence[float]) -> StepTimes:
+        """The non-negative seconds that explain those of the placements best."""
+        rows = np.array(self.rows())
+        scales = np.maximum(rows.max(axis=0), 1.0)
+        found = [float(value) for value in nnls(rows / scales, np.array(seconds))[0] / scales]
+        sorts = max(self.blocks) + 1
+        constant, each, fixed, unit = found[0], found[1 : 1 + sorts], found[1 + sorts : -1], found[-1]
+        blocks = [each[sort] for sort in self.blocks]
+        backward, start = {}, 0
+        for stream, of in self.look.forward.items():
+            backward[stream] = blocks[start : start + len(of)]
+            start += len(of)
+        part = min(1.0, constant / self.look.whole)  # the two were not timed in the same steps
+        forward = {stream: [part * value for value in of] for stream, of in self.look.forward.items()}
+        return StepTimes(
+            max(constant - sum(map(sum, forward.values())), 0.0),
+            forward,
+            backward,
+            {kind: (fixed[shape], unit * self.widths[shape]) for kind, shape in self.shapes.items()},
+            self.look.shares,
+        )
+
+
+def _scale(look: _Look) -> StepTimes:
+    """Times of which levels alone are asked."""
+    return StepTimes(0.0, look.forward, look.forward, {}, look.shares)
+
+
+def _sorts(survey: Survey, order: Sequence[str]) -> list[int]:
+    """Number of each block's sort, in running order."""
+    inside: dict[str, list[tuple[int, int]]] = {}
+    for site in survey.lora_sites:
+        block = survey.stacks[site.stream].blocks[site.layer]
+        inside.setdefault(block, []).append((site.in_features, site.out_features))
+    known: dict[Any, int] = {}
+    blocks = [(stream, block) for stream in order for block in survey.stacks[stream].blocks]
+    return [known.setdefault((stream, tuple(inside.get(block, ()))), len(known)) for stream, block in blocks]
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
@@ -330,6 +362,29 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
     if len(items) <= most:
         return list(items)
     return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
+
+
+def _typical(values: Sequence[float]) -> float:
+    """The lower quartile: whatever else runs on a machine only ever adds to a time."""
+    return sorted(values)[round((len(values) - 1) / 4)]
+
+
+def _joint(site: Site, survey: Survey) -> HookPoint:
+    """Where its delta joins."""
+    if isinstance(site.sink, Port):
+        return HookPoint(site.sink.module, "post", None)
+    return survey.write(site.sink, site.span or 0).points[0]
+
+
+def _spans(blocks: Sequence[str], moments: Mapping[tuple[str, str], Sequence[float]]) -> list[tuple[float, float]]:
+    """Start and end of each block's run; blocks that share a module take its calls in turn."""
+    calls: Counter[str] = Counter()
+    spans = []
+    for block in blocks:
+        starts, ends = moments[block, "pre"][calls[block] :], moments[block, "post"][calls[block] :]
+        calls[block] += 1
+        spans.append((starts[0], ends[0]) if starts and ends else (0.0, 0.0))  # a block that was dropped takes no time
+    return spans
 
 
 def _widest(site: Site) -> int:
@@ -355,7 +410,7 @@ class _Clock:
         self.cuda = parameter.device.type == "cuda"
 
     def steps(self, placements: Sequence[Placement], track: Track) -> list[float]:
-        """Median seconds of a step with each placement; all take turns, so that what comes and goes hits all alike."""
+        """Seconds of a step with each placement; all take turns, so that what comes and goes hits all alike."""
         start = time.perf_counter()
         for placement in placements:
             self._step(placement)
@@ -366,43 +421,57 @@ class _Clock:
         for turn, number in track(turns, "measuring training steps", len(turns)):
             place = number if turn % 2 else len(placements) - 1 - number
             found[place].append(self._step(placements[place]))
-        return [median(values) for values in found]
+        return [_typical(values) for values in found]
 
-    def forward(self) -> dict[str, list[float]]:
-        """Median seconds of each block's forward, by stream."""
-        stacks = self.model.space.survey.stacks
-        found: dict[str, list[list[float]]] = {stream: [[] for _ in stack.blocks] for stream, stack in stacks.items()}
-        for _ in range(_ROUNDS[0]):
-            calls = self._calls()
-            for stream, stack in stacks.items():
-                for values, block in zip(found[stream], stack.blocks, strict=True):
-                    values.append(calls[block].pop(0) if calls[block] else 0.0)
-        return {stream: [median(values) for values in each] for stream, each in found.items()}
+    def look(self) -> _Look:
+        """Forward passes without adapters, block by block."""
+        survey = self.model.space.survey
+        order: list[str] = []
+        blocks: dict[str, list[list[float]]] = {s: [[] for _ in stack.blocks] for s, stack in survey.stacks.items()}
+        shares: dict[str, list[float]] = {}
+        points = {site.name: _joint(site, survey) for site in self.sites.values()}
+        wholes = []
+        for _ in range(_LOOKS):
+            began = self._now()
+            moments = self._moments({(point.module, point.side) for point in points.values()})
+            wholes.append(self._now() - began)
+            order = sorted(survey.stacks, key=lambda stream: moments[survey.stacks[stream].blocks[0], "pre"][:1])
+            spans = {stream: _spans(stack.blocks, moments) for stream, stack in survey.stacks.items()}
+            for stream, of in spans.items():
+                for values, (start, end) in zip(blocks[stream], of, strict=True):
+                    values.append(end - start)
+            for site in self.sites.values():
+                share = 0.0  # of whoever joins between blocks
+                if site.joins < len(spans[site.stream]):
+                    start, end = spans[site.stream][site.joins]
+                    point = points[site.name]
+                    inside = [at for at in moments[point.module, point.side] if start < at < end]
+                    share = (inside[0] - start) / (end - start) if inside else 0.0
+                shares.setdefault(kind_of(site), []).append(share)
+        forward = {stream: [_typical(values) for values in blocks[stream]] for stream in order}
+        return _Look(forward, {kind: median(values) for kind, values in shares.items()}, _typical(wholes))
 
-    def _calls(self) -> dict[str, list[float]]:
-        """Block -> seconds of each of its calls in one forward pass."""
-        seconds: dict[str, list[float]] = {}
-        started: dict[str, float] = {}
+    def _moments(self, points: set[tuple[str, str]]) -> dict[tuple[str, str], list[float]]:
+        """When each of these points, and each block's start and end, is passed in one forward pass."""
+        stacks = self.model.space.survey.stacks.values()
+        wanted = points | {(block, side) for stack in stacks for block in stack.blocks for side in ("pre", "post")}
+        moments: dict[tuple[str, str], list[float]] = {point: [] for point in wanted}
+
+        def note(point: tuple[str, str], *given: Any) -> None:
+            moments[point].append(self._now())
+
         handles = []
-
-        def before(block: str, module: nn.Module, args: Any) -> None:
-            started[block] = self._now()
-
-        def after(block: str, module: nn.Module, args: Any, output: Any) -> None:
-            seconds[block].append(self._now() - started[block])
-
-        for block in dict.fromkeys(b for stack in self.model.space.survey.stacks.values() for b in stack.blocks):
-            seconds[block] = []
-            module = self.model.backbone.get_submodule(block)
-            handles.append(module.register_forward_pre_hook(partial(before, block)))
-            handles.append(module.register_forward_hook(partial(after, block)))
+        for point in sorted(wanted):
+            module = self.model.backbone.get_submodule(point[0])
+            hook = module.register_forward_pre_hook if point[1] == "pre" else module.register_forward_hook
+            handles.append(hook(partial(note, point)))
         try:
             with torch.no_grad():
                 self.loss(self.model, self.batch)
         finally:
             for handle in handles:
                 handle.remove()
-        return seconds
+        return moments
 
     def _step(self, placement: Placement) -> float:
         """Seconds of one training step: forward, backward, clipping and update, at a rate of 0."""

@@ -22,21 +22,24 @@ class StepTimes:
         backward: stream -> seconds of each block's backward, recomputation included where there is any.
         adapters: what sites have in common (``kind_of``) -> seconds of one active adapter, all of its calls, forward,
             backward and update: a fixed part, and a part per unit of rank.
+        shares: likewise -> share of the block in which it joins that lies before that place: the part of the block's
+            backward pass that is left out where the pass ends there.
     """
 
     constant: float
     forward: Mapping[str, Sequence[float]]
     backward: Mapping[str, Sequence[float]]
     adapters: Mapping[str, tuple[float, float]]
+    shares: Mapping[str, float]
 
     @property
     def blocks(self) -> int:
         """Number of blocks of all streams."""
         return sum(map(len, self.forward.values()))
 
-    def level(self, site: Site) -> int:
+    def level(self, site: Site) -> float:
         """Blocks, in the order in which they run, that a backward pass for this site alone leaves out."""
-        return self._before(site.stream) + site.joins
+        return self._before(site.stream) + site.joins + self.shares[kind_of(site)]
 
     def start(self, site: Site) -> int:
         """Blocks, in the order in which they run, that are over before the site reads anything."""
@@ -47,16 +50,18 @@ class StepTimes:
         fixed, each = self.adapters[kind_of(site)]
         return fixed + each * rank if rank else 0.0
 
-    def bare(self, lowest: int, first: int = 0) -> float:
+    def bare(self, lowest: float, first: int = 0) -> float:
         """Seconds without the adapters' own.
 
         Args:
-            lowest: the backward pass leaves out so many blocks.
+            lowest: the backward pass leaves out so many blocks, the last of them perhaps in part.
             first: and the forward pass so many, whose outputs are kept.
         """
         forward = [seconds for blocks in self.forward.values() for seconds in blocks]
         backward = [seconds for blocks in self.backward.values() for seconds in blocks]
-        return self.constant + math.fsum(forward[first:]) + math.fsum(backward[lowest:])
+        whole = int(lowest)
+        part = (lowest - whole) * backward[whole] if whole < len(backward) else 0.0
+        return self.constant + math.fsum(forward[first:]) + math.fsum(backward[whole:]) - part
 
     def predict(self, sites: Sequence[Site], ranks: Mapping[str, int], cached: bool = False) -> float:
         """Seconds of a training step with these ranks.
@@ -101,14 +106,16 @@ def times_from(values: Mapping[str, Any]) -> StepTimes:
             for key in ("forward", "backward")
         }
         adapters = {str(kind): (float(fixed), float(each)) for kind, (fixed, each) in values["adapters"].items()}
-        times = StepTimes(float(values["constant"]), blocks["forward"], blocks["backward"], adapters)
+        shares = {str(kind): float(share) for kind, share in values["shares"].items()}
+        times = StepTimes(float(values["constant"]), blocks["forward"], blocks["backward"], adapters, shares)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no times of a step ({type(error).__name__}: {error})") from error
     everything = [times.constant, *(s for part in blocks.values() for each in part.values() for s in each)]
     everything += [s for pair in adapters.values() for s in pair]
     depths = [{stream: len(each) for stream, each in part.items()} for part in blocks.values()]
-    if not all(0 <= s < math.inf for s in everything) or depths[0] != depths[1]:
-        raise ValueError("no times of a step: seconds below 0, not finite, or of other blocks forward than backward")
+    whole = all(0 <= share < 1 for share in shares.values()) and shares.keys() == adapters.keys()
+    if not (all(0 <= s < math.inf for s in everything) and depths[0] == depths[1] and whole):
+        raise ValueError("no times of a step: seconds below 0 or not finite, or the parts do not fit together")
     return times
 
 
@@ -137,13 +144,13 @@ class StepLimit:
         """Seconds of a step with these ranks."""
         return self.times.predict(sites, ranks, self.cached)
 
-    def level(self, site: Site) -> int:
+    def level(self, site: Site) -> float:
         """What decides how much of a step is left out: where the site joins or, with kept outputs, where it reads."""
         return self.times.start(site) if self.cached else self.times.level(site)
 
-    def least(self, level: int) -> float:
+    def least(self, level: float) -> float:
         """Seconds that a step takes at least if some site of this level is active, whatever its adapter takes."""
-        return self.times.bare(self.times.blocks, level) if self.cached else self.times.bare(level)
+        return self.times.bare(self.times.blocks, int(level)) if self.cached else self.times.bare(level)
 
     def record(self, sites: Sequence[Site], ranks: Mapping[str, int]) -> dict[str, Any]:
         """Plain values for whoever wants to know why: shares, seconds, and the times that they follow from."""

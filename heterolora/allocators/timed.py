@@ -27,9 +27,10 @@ def allocate_in_time(
 ) -> Allocation:
     """The best allocation found whose predicted step keeps to the limit.
 
-    For each level at which the backward pass may end, the allocator is asked with the sites from there on alone. Where
-    that breaks the limit, sites go, those of least gain per predicted second first, by bisection, until it holds; and
-    where no number of sites helps, parameters. Of all allocations within the limit the one with the largest sum of
+    For each level at which the backward pass may end, from the lowest up, the allocator is asked with the sites from
+    there on alone. Where that breaks the limit, sites go, those of least gain per predicted second first, by bisection,
+    until it holds; and where no number of sites helps, parameters. The first level that keeps to the limit with all of
+    its sites is the last: those above offer less. Of all allocations within the limit the one with the largest sum of
     gains wins; of an allocator that looks at no gains, the one that spends most, then the fastest.
 
     Args:
@@ -47,7 +48,8 @@ def allocate_in_time(
     allocator.allocate(gains, cost, budget, groups)  # what is refused without a limit is refused with one
     search = _Search(allocator, gains, cost, budget, groups, sites, limit)
     for level in sorted({limit.level(site) for site in sites}):
-        search.from_level(level)
+        if search.from_level(level):
+            break
     if search.best is None:
         search.single_sites()
     if search.best is None:
@@ -74,15 +76,18 @@ class _Search:
     def __post_init__(self) -> None:
         self._by_name = {site.name: site for site in self.sites}
 
-    def from_level(self, level: int) -> None:
-        """Try the sites of this level and above."""
+    def from_level(self, level: float) -> bool:
+        """Try the sites of this level and above; whether all of them together keep to the limit."""
+        if self.limit.least(level) >= self.limit.seconds:
+            return False
         names = [site.name for site in self.sites if self.limit.level(site) >= level]
         found = self._ask(names, self.budget)
-        if found is None or self._keeps(found) or self.limit.least(level) >= self.limit.seconds:
-            return
+        if found is None or self._keeps(found):
+            return found is not None and bool(found.active)
         order = self._by_gain_per_second(names, found.ranks)
         if not self._largest(len(order) - 1, lambda count: self._ask(order[:count], self.budget), refused=False):
             self._largest(self.budget - 1, lambda parameters: self._ask(names, parameters), refused=True)
+        return False
 
     def single_sites(self) -> None:
         """Try one site alone, of each sort and level: at its lowest price, then with all parameters.
