@@ -157,7 +157,7 @@ def description(model: AdaptedModel, batch: Batch) -> dict[str, Any]:
         "renorm": model.space.renorm,
         "adapter": repr(model.family),
         "batch": {key: [*value.shape] for key, value in sorted(batch.items()) if isinstance(value, torch.Tensor)},
-        "checkpointing": bool(getattr(backbone, "is_gradient_checkpointing", False)),
+        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules()),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),

@@ -43,10 +43,13 @@ def allocate_in_time(
         limit: on the step.
 
     Raises:
-        SettingError: if nothing keeps to the limit, or what the allocator refuses without one.
+        SettingError: if nothing keeps to the limit, or what the allocator refuses without one. An allocation without
+            any rank is no error here, as it is none there.
     """
-    allocator.allocate(gains, cost, budget, groups)  # what is refused without a limit is refused with one
+    plain = allocator.allocate(gains, cost, budget, groups)  # what is refused without a limit is refused with one
     search = _Search(allocator, gains, cost, budget, groups, sites, limit)
+    if search.take(plain) or not plain.active:
+        return plain
     for level in sorted({limit.level(site) for site in sites}):
         if search.from_level(level):
             break
@@ -76,9 +79,20 @@ class _Search:
     def __post_init__(self) -> None:
         self._by_name = {site.name: site for site in self.sites}
 
+    def take(self, found: Allocation) -> bool:
+        """Keep it if nothing better is known; whether it keeps to the limit."""
+        seconds = self._seconds(found)
+        keeps = seconds <= self.limit.seconds
+        if found.active:
+            self._fastest = min(self._fastest, seconds)
+        worth = self._value(found, seconds)
+        if keeps and (self.best is None or worth > self._worth):
+            self.best, self._worth = found, worth
+        return keeps
+
     def from_level(self, level: float) -> bool:
         """Try the sites of this level and above; whether all of them together keep to the limit."""
-        if self.limit.least(level) >= self.limit.seconds:
+        if self.limit.least(level) > self.limit.seconds:
             return False
         names = [site.name for site in self.sites if self.limit.level(site) >= level]
         found = self._ask(names, self.budget)
@@ -101,8 +115,6 @@ class _Search:
 
     def refusal(self) -> SettingError:
         """Why there is no answer."""
-        if math.isinf(self._fastest):
-            return SettingError("budget", self.budget, "pays for no adapter at any site; give more")
         smallest = math.ceil(1000 * self._fastest / self.limit.reference) / 1000
         return SettingError(
             "budget.step_time",
@@ -121,11 +133,7 @@ class _Search:
             return None
         found = Allocation(found.ranks, found.spent, self.budget)
         if found.active:
-            seconds = self._seconds(found)
-            self._fastest = min(self._fastest, seconds)
-            worth = self._value(found, seconds)
-            if seconds <= self.limit.seconds and (self.best is None or worth > self._worth):
-                self.best, self._worth = found, worth
+            self.take(found)
         return found
 
     def _largest(self, most: int, ask: Callable[[int], Allocation | None], refused: bool) -> bool:
