@@ -163,7 +163,7 @@ def test_no_roles_at_all_are_refused_in_words():
 def test_roles_are_a_list():
     # "qv" is a sequence of two roles to Python, not to a user.
     with pytest.raises(SettingError, match=r"budget\.roles=qv"):
-        build({"_target_": "heterolora.budget.UniformRank", "rank": 8, "roles": "qv"}, "budget")
+        build({"_target_": "heterolora.budget.UniformRank", "rank": 8, "roles": "qv", "step_time": None}, "budget")
 
 
 @pytest.mark.parametrize(
@@ -302,3 +302,38 @@ def test_impossible_arguments_are_refused_by_name(make, setting):
     with pytest.raises(SettingError) as caught:
         make()
     assert caught.value.setting == setting
+
+
+# -- time as a second budget -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, math.inf, math.nan])
+def test_a_limit_on_the_step_is_a_share(share):
+    for make in (lambda: UniformRank(1, None, share), lambda: Params(1, share), lambda: Share(0.1, share)):
+        with pytest.raises(SettingError, match="a share above 0") as caught:
+            make()
+        assert caught.value.setting == "step_time"
+    with pytest.raises(SettingError, match="counts sites: null here"):
+        Fraction(0.5, 2, 0.7)
+
+
+def test_the_reference_is_a_uniform_allocation_that_the_budget_pays_for(architecture):
+    found = space(architecture)
+    lora = {site.name: site for site in found.survey.lora_sites}
+    for budget in (UniformRank(2, ["q", "v"], 0.5), UniformRank(2, None, 0.5), Params(3 * sum_of(lora), 0.5)):
+        ranks = budget.reference(found.survey)
+        assert len(set(ranks.values())) == 1
+        assert sum(rank * (lora[name].in_features + lora[name].out_features) for name, rank in ranks.items()) == (
+            budget.resolve(found)
+        )
+    assert Params(3 * sum_of(lora) - 1, None).reference(found.survey) == dict.fromkeys(lora, 2)
+    assert Params(1, None).reference(found.survey) == dict.fromkeys(lora, 1)
+    widest = min(min(site.in_features, site.out_features) for site in lora.values())
+    assert set(Params(10**9, None).reference(found.survey).values()) == {widest}
+    assert Share(0.2, None).reference(found.survey) == Params(Share(0.2, None).resolve(found), None).reference(
+        found.survey
+    )
+
+
+def sum_of(sites) -> int:
+    return sum(site.in_features + site.out_features for site in sites.values())
