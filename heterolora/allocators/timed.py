@@ -31,7 +31,7 @@ def allocate_in_time(
     there on alone. Where that breaks the limit, sites go, those of least gain per predicted second first, by bisection,
     until it holds; and where no number of sites helps, parameters. The first level that keeps to the limit with all of
     its sites is the last: those above offer less. Of all allocations within the limit the one with the largest sum of
-    gains wins; of an allocator that looks at no gains, the one that spends most, then the fastest.
+    gains wins; of an allocator that looks at no gains, the one with most sites, then what it spends.
 
     Args:
         allocator: any.
@@ -162,7 +162,7 @@ class _Search:
 
     def _value(self, found: Allocation, seconds: float) -> tuple[float, ...]:
         if self.allocator.gain_rule is None:
-            return found.spent, -seconds
+            return len(found.active), found.spent, -seconds
         gain = math.fsum(value for name, rank in found.active.items() for value in self.gains[name][:rank])
         return gain, found.spent, -seconds
 
@@ -172,7 +172,7 @@ class _Search:
         def key(name: str) -> tuple[bool, float, int]:
             rank = max(ranks[name], 1)
             seconds = self.limit.times.adapter(self._by_name[name], rank)
-            gained = self.cost({name: rank}) if self.allocator.gain_rule is None else sum(self.gains[name][:rank])
+            gained = 1.0 if self.allocator.gain_rule is None else sum(self.gains[name][:rank])
             worth = gained / seconds if seconds else math.copysign(math.inf, gained)
             return not ranks[name], -worth, tie_order(0, name)
 
