@@ -18,6 +18,7 @@ from heterolora.allocators.base import Allocator, placed
 from heterolora.backbone import Backbone, fingerprint, outside_base
 from heterolora.budget import Budget, Params
 from heterolora.build import build
+from heterolora.calibration import calibrate, step_limit
 from heterolora.errors import SettingError
 from heterolora.export import config_to_train
 from heterolora.model import AdaptedModel, carries_adapters
@@ -25,9 +26,10 @@ from heterolora.provenance import provenance
 from heterolora.proxies.base import Proxy, Score, check_scores
 from heterolora.report.files import read_json, write_json
 from heterolora.report.picture import allocation_figure
-from heterolora.scoring import Probe, allocate, check_budget, rehearse, score
+from heterolora.scoring import Probe, allocate, batch_size, check_budget, rehearse, score
 from heterolora.shipped import default, option, options
 from heterolora.space import SearchSpace, Space, survey
+from heterolora.step_time import StepTimes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -144,7 +146,8 @@ def search(
         search_space: which sites compete.
         proxy: scores them.
         allocator: makes ranks of scores.
-        budget: trainable adapter parameters; or a name, or anything with ``resolve``.
+        budget: trainable adapter parameters; or a name, or anything with ``resolve``. For its ``step_time``, steps are
+            timed anew on a batch of median size among the first ones, so that two calls may decide otherwise.
         adapter: what the adapters will be.
         probe: how the proxy looks.
         head: names of the parameters that are trained with the task, and warmed up before scoring; None: those outside
@@ -172,12 +175,20 @@ def search(
         space = _object("search_space", search_space, seed).resolve(survey(backbone))
     names = tuple(adapted.head if adapted is not None and head is None else _head(backbone, head))
     count = (
-        Params(budget) if isinstance(budget, int) and not isinstance(budget, bool) else _object("budget", budget, seed)
+        Params(budget, None)
+        if isinstance(budget, int) and not isinstance(budget, bool)
+        else _object("budget", budget, seed)
     )
     rule = placed(rule, space.sites)
     allowed = count.resolve(space)
     check_budget(rule, allowed, space, family)
     rehearse(rule, allowed, space, family)
+    limit = None
+    if getattr(count, "step_time", None) is not None:
+        with _required_as_before(backbone):
+            attached = AdaptedModel(backbone, space, family, names) if adapted is None else adapted
+            limit = step_limit(count, space.survey, lambda: _times(attached, dataloader, loss_fn))
+        rehearse(rule, allowed, space, family, limit)
     found = None
     sites = [site.name for site in space.sites]
     if scores is not None:
@@ -190,7 +201,7 @@ def search(
             attached = adapted or AdaptedModel(backbone, space, family, names)
             found = dict(_score(attached, dataloader, loss_fn, scorer, probe, _name(proxy, scorer), seed))
     given = {"search_space": search_space, "proxy": proxy, "allocator": allocator, "adapter": adapter, "budget": budget}
-    allocation = allocate(rule, found, allowed, space, family)
+    allocation = allocate(rule, found, allowed, space, family, limit)
     objects = {"search_space": None, "proxy": scorer, "allocator": rule, "adapter": family, "budget": count}
     nodes = {group: _node(group, given[group], objects[group], seed) for group in given}
     origin = provenance(
@@ -200,6 +211,7 @@ def search(
         proxy=nodes["proxy"] if found is not None and scores is None else None,
         probe=_node("probe", probe, probe, seed) if found is not None and scores is None else None,
         scores=None if scores is None else "given",
+        **({} if limit is None else {"step_time": limit.record(space.sites, allocation.ranks)}),
     )
     complete = Allocation(allocation.ranks, allocation.spent, allocation.budget, origin)
     return FoundAllocation(complete, found, space, family, backbone, names)
@@ -314,6 +326,24 @@ def _score(
         seed=seed,
         proxy_name=name,
     )
+
+
+_TIMED = 16
+"""Batches that are looked at for one of median size."""
+
+
+def _times(model: AdaptedModel, dataloader: Iterable[Mapping[str, Any]] | None, loss_fn: LossFn | None) -> StepTimes:
+    """What a training step takes on this machine now; there is no folder here to keep it in."""
+    device = next(model.backbone.parameters()).device
+    if device.type == "meta":
+        raise SettingError("budget.step_time", "a limit", "is timed on the model, and this one has no weights")
+    with torch.random.fork_rng():  # a dataloader draws from the global generator
+        batches = [_moved(batch, device) for batch in islice(dataloader or (), _TIMED)]
+    if not batches:
+        raise SettingError("dataloader", dataloader, "gives no batches to time a step on")
+    loss = loss_fn or _own_loss
+    typical = sorted(batches, key=batch_size)[len(batches) // 2]
+    return calibrate(model, lambda adapted, batch: _checked(loss, adapted.backbone, batch), typical)
 
 
 def _plain(model: Any) -> nn.Module:

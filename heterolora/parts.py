@@ -112,9 +112,17 @@ def _folder(path: Any) -> str | None:
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config on which results depend; what is off is as if it were not there."""
-    off = [key for key in OFF if config.get(key) is None]
-    relevant = {key: value for key, value in config.items() if key not in (*_NO_RESULT, *off)}
+    relevant = {key: value for key, value in _on(config).items() if key not in _NO_RESULT}
     return relevant | {"data": {key: value for key, value in config["data"].items() if key != "cache_dir"}}
+
+
+def _on(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Without what is off."""
+    return {
+        key: _on(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in node.items()
+        if value is not None or f"{prefix}{key}" not in OFF
+    }
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -293,8 +293,8 @@ _NO_METHOD = frozenset(
 )
 """Values that tell no method from another; seeds are repetitions."""
 
-OFF = ("start_from",)
-"""Keys that are null where they change nothing: then they are as if they were not there."""
+OFF = ("start_from", "budget.step_time")
+"""Dotted keys that are null where they change nothing: then they are as if they were not there."""
 
 _APART = ("task", "model", "logger", "callbacks", "experiment")
 """Choices that name no method: the first two are the section, of the others the values count."""

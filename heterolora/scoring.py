@@ -5,7 +5,7 @@ It leaves no trace: model, head, gradients, modes and random state are exactly a
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,8 @@ import torch
 
 from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
-from heterolora.allocators.base import Allocator, parameters_only
+from heterolora.allocators.base import Allocator, Gains, parameters_only
+from heterolora.allocators.timed import allocate_in_time
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
@@ -27,6 +28,7 @@ from heterolora.resampling import BatchValues, Resampled, Resampling, can_be_res
 from heterolora.scratch import ScratchValues
 from heterolora.sites import Site
 from heterolora.space import Space
+from heterolora.step_time import StepLimit
 
 _FEW = 2**18
 """Numbers that are not worth a look at what a training step needs."""
@@ -82,11 +84,13 @@ class SearchResult:
         scores: site -> score, as the proxy gave it; None if the allocator looks at no scores.
         allocation: the ranks.
         seconds: how long it took.
+        step_time: what a step is predicted to take, and why (``StepLimit.record``); None: the budget sets no limit.
     """
 
     scores: Mapping[str, Score] | None
     allocation: Allocation
     seconds: float
+    step_time: Mapping[str, Any] | None = None
 
 
 def untracked(items: Iterable[Any], description: str, count: int) -> Iterable[Any]:
@@ -107,6 +111,7 @@ def search(
     seed: int,
     proxy_name: str | None = None,
     track: Track = untracked,
+    limit: Callable[[], StepLimit | None] | None = None,
 ) -> SearchResult:
     """Score the sites of the model's space and allocate the budget; nothing is enabled, nothing is changed.
 
@@ -122,23 +127,28 @@ def search(
         seed: for random factors and proxies that draw.
         proxy_name: what to call the proxy in messages.
         track: shows progress.
+        limit: measures what the budget's ``step_time`` means (``calibration.step_limit``), on the model as it is.
 
     Raises:
         DegenerateScores: if the scores rank nothing.
-        SettingError: if budget and allocator cannot go together.
+        SettingError: if budget and allocator cannot go together, or nothing keeps to the budget's ``step_time``.
     """
     start = time.perf_counter()
     space = model.space
     resolved = budget.resolve(space)
     check_budget(allocator, resolved, space, model.family)
     rehearse(allocator, resolved, space, model.family)
+    most = None if limit is None else limit()
+    if most is not None:  # refused before scoring, too
+        rehearse(allocator, resolved, space, model.family, most)
     scores: Mapping[str, Score] | None = None
     if allocator.gain_rule is not None:
         scores = score(
             model, loss, batches, warmup, proxy=proxy, probe=probe, seed=seed, proxy_name=proxy_name, track=track
         )
-    allocation = allocate(allocator, scores, resolved, space, model.family)
-    return SearchResult(scores, allocation, time.perf_counter() - start)
+    allocation = allocate(allocator, scores, resolved, space, model.family, most)
+    record = None if most is None else most.record(space.sites, allocation.ranks)
+    return SearchResult(scores, allocation, time.perf_counter() - start, record)
 
 
 def allocate(
@@ -147,18 +157,34 @@ def allocate(
     budget: int | SiteCount,
     space: Space,
     family: AdapterFamily,
+    limit: StepLimit | None = None,
 ) -> Allocation:
-    """Ranks from scores, which an allocator that looks at none does not need.
+    """Ranks from scores, which an allocator that looks at none does not need; within the limit on a step, if any.
 
     Raises:
         SettingError: if the allocator refuses, or no site gets any rank.
     """
     rule = allocator.gain_rule
     gains = rule.gains(scores, space.sites, space.groups) if rule and scores else no_gains(space.sites)
-    allocation = allocator.allocate(gains, family.cost(space.sites), budget, space.groups)
+    allocation = _within(allocator, gains, budget, space, family, limit)
     if not allocation.active:
         raise SettingError("budget", budget, "pays for no adapter at any site; give more")
     return allocation
+
+
+def _within(
+    allocator: Allocator,
+    gains: Gains,
+    budget: int | SiteCount,
+    space: Space,
+    family: AdapterFamily,
+    limit: StepLimit | None,
+) -> Allocation:
+    cost = family.cost(space.sites)
+    if limit is None:
+        return allocator.allocate(gains, cost, budget, space.groups)
+    allowed = parameters_only(budget, "with budget.step_time")
+    return allocate_in_time(allocator, gains, cost, allowed, space.groups, space.sites, limit)
 
 
 def check_budget(allocator: Allocator, budget: int | SiteCount, space: Space, family: AdapterFamily) -> None:
@@ -175,7 +201,13 @@ def check_budget(allocator: Allocator, budget: int | SiteCount, space: Space, fa
         parameters_only(budget, type(allocator).__name__.lower())
 
 
-def rehearse(allocator: Allocator, budget: int | SiteCount, space: Space, family: AdapterFamily) -> None:
+def rehearse(
+    allocator: Allocator,
+    budget: int | SiteCount,
+    space: Space,
+    family: AdapterFamily,
+    limit: StepLimit | None = None,
+) -> None:
     """Allocate by equal scores, so that what the allocator cannot keep to is refused before anything is computed.
 
     Raises:
@@ -186,7 +218,7 @@ def rehearse(allocator: Allocator, budget: int | SiteCount, space: Space, family
         gains = no_gains(space.sites)
     else:
         gains = rule.gains({site.name: 1.0 for site in space.sites}, space.sites, space.groups)
-    allocator.allocate(gains, family.cost(space.sites), budget, space.groups)
+    _within(allocator, gains, budget, space, family, limit)
 
 
 def no_gains(sites: Sequence[Site]) -> dict[str, list[float]]:
@@ -360,7 +392,9 @@ class _Pass:
         evidence = Evidence(sites, self.adapters, gathered, families, self.bench, self.seed)
         for name, proxy in proxies.items():
             start = time.perf_counter()
-            if self.bench.model.training:  # a walk over all modules, which site by site would take longer than the score
+            if (
+                self.bench.model.training
+            ):  # a walk over all modules, which site by site would take longer than the score
                 self.bench.model.eval()
             self.found[name].update(proxy.score(evidence))
             self.seconds[name] += time.perf_counter() - start
@@ -376,7 +410,7 @@ class _Pass:
     def _room(self) -> int:
         """Numbers for which a training step with an adapter at every site has room, on the largest batch."""
         model = self.bench.model
-        batch = max(self.bench.batches, key=_size)
+        batch = max(self.bench.batches, key=batch_size)
         mib = []
         with model.swapped(self.adapters):
             for training in (True, False):
@@ -426,7 +460,8 @@ def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], prob
         )
 
 
-def _size(batch: Batch) -> int:
+def batch_size(batch: Batch) -> int:
+    """Numbers that it holds."""
     return sum(value.numel() for value in batch.values() if isinstance(value, torch.Tensor))
 
 

@@ -19,6 +19,7 @@ from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator, placed
 from heterolora.backbone import outside_base
 from heterolora.budget import Budget, SiteCount
+from heterolora.calibration import kept_step_times, step_limit
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.errors import SettingError
@@ -35,6 +36,8 @@ from heterolora.report.search import print_search
 from heterolora.resampling import Resampled, Resampling
 from heterolora.scoring import allocate, check_budget, rehearse, score_all
 from heterolora.space import Space, survey
+from heterolora.step_time import StepLimit, StepTimes, in_short
+from heterolora.tasks.base import Task
 from heterolora.training import for_the_record
 
 _log = logging.getLogger(__name__)
@@ -68,6 +71,7 @@ class _Found:
     Attributes:
         backbone: with weights or without.
         head: names of its parameters that are trained with the task.
+        times: what the parts of a step take; None: no budget asks.
     """
 
     space: Space
@@ -78,6 +82,7 @@ class _Found:
     fingerprint: str | None
     seconds: Mapping[str, float]
     memory: Mapping[str, float | None]
+    times: StepTimes | None = None
 
 
 def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Questions) -> dict[str, Any]:
@@ -131,6 +136,7 @@ def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Que
                 "allowed": allocation.budget,
                 "sites": len(allocation.active),
                 "folder": f"allocations/{budget}/{proxy}" if len(allocations) > 1 else ".",
+                **in_short(allocation.provenance),
             }
             for (budget, proxy), allocation in allocations.items()
         ],
@@ -147,6 +153,12 @@ def _given(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_
     assert asked.scores is not None
     start = time.perf_counter()
     path = asked.scores / "scores.json" if asked.scores.is_dir() else asked.scores
+    if timed := [name for name, budget in asked.budgets.items() if budget.step_time is not None]:
+        raise SettingError(
+            "budget.step_time",
+            asked.budgets[timed[0]].step_time,
+            "is timed on the model, of which scores=... reads no weights; leave scores away, or give null here",
+        )
     scores = read_scores(path, "scores")
     skeleton = parts.model.skeleton(2)  # the head has no sites
     space = parts.search_space.resolve(survey(skeleton.model, skeleton.layout))
@@ -191,12 +203,15 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
         model.gradient_checkpointing()
     data = TextData(splits, task, backbone.tokenizer, backbone.positions, parts.data, parts.seed)
     batches, rows = data.scoring_batches(parts.probe.batches) if looked else ([], [])
-    loaded = now_mib()
-    reset_peak()
     ready = time.perf_counter()
     scores, agreement, seconds = None, None, {"loading": ready - start}
+    device = next(model.backbone.parameters()).device
+    times = _times(parts, asked, model, task, data)
+    if times is not None:
+        seconds["step times"] = time.perf_counter() - ready
+    loaded, ready = now_mib(), time.perf_counter()
+    reset_peak()
     if asked.proxies:
-        device = next(model.backbone.parameters()).device
         resampling = None
         if asked.resamples and len(batches) > 1:
             resampling = Resampling(asked.resamples, _units(parts.allocator), parts.seed)
@@ -218,16 +233,38 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
         seconds |= {"scoring": time.perf_counter() - ready, **{f"of it {n}": s for n, s in result.seconds.items()}}
     memory = {"process, model loaded": loaded, "peak above it": None if loaded is None else peak_mib() - loaded}
     fingerprint, head = backbone.fingerprint, backbone.head
-    return _Found(space, backbone.model, head, scores, agreement, fingerprint, seconds, memory), config
+    return _Found(space, backbone.model, head, scores, agreement, fingerprint, seconds, memory, times), config
 
 
-def _check(parts: Parts, space: Space, asked: Questions) -> None:
-    """Every budget, before anything is computed."""
+def _times(parts: Parts, asked: Questions, model: AdaptedModel, task: Task, data: TextData) -> StepTimes | None:
+    """What a step takes, if a budget limits it; what no allocation can keep to is refused."""
+    if all(budget.step_time is None for budget in asked.budgets.values()):
+        return None
+    device = next(model.backbone.parameters()).device
+    found = kept_step_times(
+        model,
+        lambda m, batch: task.loss(task.logits(m, batch), batch),
+        {key: value.to(device) for key, value in data.typical_batch().items()},
+        None if parts.data.cache_dir is None else Path(parts.data.cache_dir),
+        track,
+    )
+    _check(parts, model.space, asked, found)
+    return found
+
+
+def _limit(parts: Parts, budget: Budget, space: Space, times: StepTimes | None) -> StepLimit | None:
+    limit = None if times is None else step_limit(budget, space.survey, lambda: times)
+    return limit and replace(limit, cached=parts.prefix.cache)
+
+
+def _check(parts: Parts, space: Space, asked: Questions, times: StepTimes | None = None) -> None:
+    """Every budget, before anything is computed, and again once times of a step are known."""
     for name, budget in asked.budgets.items():
         try:
             resolved = budget.resolve(space)
             check_budget(parts.allocator, resolved, space, parts.adapter)
-            rehearse(placed(parts.allocator, space.sites), resolved, space, parts.adapter)
+            limit = _limit(parts, budget, space, times)
+            rehearse(placed(parts.allocator, space.sites), resolved, space, parts.adapter, limit)
         except SettingError as error:
             if len(asked.budgets) == 1:
                 raise
@@ -272,9 +309,12 @@ def _allocations(
     allocations = {}
     for name, budget in asked.budgets.items():
         resolved: int | SiteCount = budget.resolve(found.space)
+        limit = _limit(parts, budget, found.space, found.times)
         for proxy in names:
             scores = found.scores.scores[proxy] if parts.allocator.gain_rule is not None and found.scores else None
-            got = allocate(placed(parts.allocator, found.space.sites), scores, resolved, found.space, parts.adapter)
+            rule = placed(parts.allocator, found.space.sites)
+            got = allocate(rule, scores, resolved, found.space, parts.adapter, limit)
+            timed = {} if limit is None else {"step_time": limit.record(found.space.sites, got.ranks)}
             origin = provenance(
                 config,
                 found.fingerprint,
@@ -282,6 +322,7 @@ def _allocations(
                 proxy=None if scores is None else asked.nodes["proxy"][proxy],
                 budget=asked.nodes["budget"][name],
                 scores=None if asked.scores is None else str(asked.scores),
+                **timed,
             )
             allocations[name, proxy] = Allocation(got.ranks, got.spent, got.budget, origin)
     return allocations

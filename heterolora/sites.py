@@ -85,6 +85,14 @@ class Site:
         return self.source if together is None else (self.stream, self.layer, together)
 
     @property
+    def joins(self) -> int:
+        """Blocks of its stream below the one where its delta joins: a backward pass for this site alone ends there.
+
+        A delta that joins the last block's output needs no block's backward pass: then it is the number of blocks.
+        """
+        return self.sink.index // 2 if isinstance(self.sink, Tap) else self.layer
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The role, and those that a fused layer stands for: a rule for q or v means a fused qkv too."""
         return (self.role, *FUSED.get(self.role, ()))

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
+from heterolora.calibration import kept_step_times, step_limit
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
@@ -39,6 +40,7 @@ from heterolora.report.summary import print_summary
 from heterolora.scoring import SearchResult, check_budget, rehearse, search
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
+from heterolora.step_time import StepLimit, StepTimes, in_short, shown
 from heterolora.tasks.base import Task
 
 _log = logging.getLogger(__name__)
@@ -213,16 +215,30 @@ class _Run:
             seed=parts.seed,
             proxy_name=self._proxy_name,
             track=track,
+            limit=lambda: self._limit(lit, data),
         )
         found = result.allocation
         lit.search_seconds = result.seconds
         proxy = self.config["proxy"] if parts.allocator.gain_rule is not None else None
-        origin = provenance(self.config, backbone.fingerprint, rows if scored else None, proxy=proxy)
+        timed = {} if result.step_time is None else {"step_time": result.step_time}
+        origin = provenance(self.config, backbone.fingerprint, rows if scored else None, proxy=proxy, **timed)
         allocation = Allocation(found.ranks, found.spent, found.budget, origin)
         self._scored_rows = rows
         if self.accept is not None:
             self.accept(allocation)
-        return SearchResult(result.scores, allocation, result.seconds)
+        return replace(result, allocation=allocation)
+
+    def _limit(self, lit: LitAdapted, data: TextData) -> StepLimit | None:
+        """What ``budget.step_time`` means for this model on this machine."""
+
+        def times() -> StepTimes:
+            device = next(lit.model.backbone.parameters()).device
+            batch = {key: value.to(device) for key, value in data.typical_batch().items()}
+            cache = None if self.parts.data.cache_dir is None else Path(self.parts.data.cache_dir)
+            return kept_step_times(lit.model, lit.scalar_loss, batch, cache, track)
+
+        limit = step_limit(self.parts.budget, lit.model.space.survey, times)
+        return limit and replace(limit, cached=self.parts.prefix.cache)
 
     def _begin(self, result: SearchResult, model: AdaptedModel, backbone: Backbone) -> None:
         """The ranks are enabled: fill them if training goes on from an adapter, and write down what was found."""
@@ -240,7 +256,8 @@ class _Run:
         rows = write_findings(self.folder, space, scores, allocation, family, self._title())
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
-        _log.info("allocated %s parameters to %d of %d sites", spent, len(allocation.active), len(space.sites))
+        time = "" if result.step_time is None else f" ({shown(result.step_time)})"
+        _log.info("allocated %s parameters to %d of %d sites%s", spent, len(allocation.active), len(space.sites), time)
 
     def _adopt(self, resume: Resume) -> None:
         """Take over what the earlier run's search wrote, and its curves up to the checkpoint."""
@@ -311,6 +328,7 @@ class _Run:
                 "active": sum(map(bool, module.model.ranks.values())),
             },
             "seconds": {"search": module.search_seconds, "training": module.training_seconds},
+            **in_short(allocation["provenance"]),
             "peak_memory_mib": peak_mib(),
             "data": {
                 "note": splits.note,

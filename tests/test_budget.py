@@ -58,10 +58,13 @@ WIDTHS = {
     "t5_gated": T5 | times(5, gate=80),
 }
 BUDGETS = {  # name: (budget, what it resolves to, given the widths of the roles; a fused qkv is both q and v)
-    "uniform": (UniformRank(3, ["q", "v"]), lambda widths: 3 * sum(widths.get(role, 0) for role in ("q", "v", "qkv"))),
-    "uniform everywhere": (UniformRank(2, None), lambda widths: 2 * sum(widths.values())),
-    "uniform, a role twice": (UniformRank(1, ["o", "o"]), lambda widths: widths["o"]),
-    "params": (Params(1234), lambda widths: 1234),
+    "uniform": (
+        UniformRank(3, ["q", "v"], None),
+        lambda widths: 3 * sum(widths.get(role, 0) for role in ("q", "v", "qkv")),
+    ),
+    "uniform everywhere": (UniformRank(2, None, None), lambda widths: 2 * sum(widths.values())),
+    "uniform, a role twice": (UniformRank(1, ["o", "o"], None), lambda widths: widths["o"]),
+    "params": (Params(1234, None), lambda widths: 1234),
 }
 
 
@@ -147,20 +150,20 @@ def test_an_unknown_role_is_refused_with_those_there_are():
     with pytest.raises(
         SettingError, match=r"\['qkv'\] not in this backbone, which has \['q', 'k', 'v', 'o', 'up'"
     ) as e:
-        UniformRank(2, ["q", "qkv"]).resolve(space("bert"))
+        UniformRank(2, ["q", "qkv"], None).resolve(space("bert"))
     assert e.value.setting == "budget.roles"
 
 
 def test_no_roles_at_all_are_refused_in_words():
     with pytest.raises(SettingError, match=r"budget\.roles=\[\].*'q'") as caught:
-        UniformRank(2, []).resolve(space("bert"))
+        UniformRank(2, [], None).resolve(space("bert"))
     assert "True" not in str(caught.value)
 
 
 def test_roles_are_a_list():
     # "qv" is a sequence of two roles to Python, not to a user.
     with pytest.raises(SettingError, match=r"budget\.roles=qv"):
-        build({"_target_": "heterolora.budget.UniformRank", "rank": 8, "roles": "qv"}, "budget")
+        build({"_target_": "heterolora.budget.UniformRank", "rank": 8, "roles": "qv", "step_time": None}, "budget")
 
 
 @pytest.mark.parametrize(
@@ -174,14 +177,14 @@ def test_roles_are_a_list():
     ],
 )
 def test_a_fused_layer_stands_for_its_roles_and_counts_once(roles, expected):
-    assert UniformRank(1, roles).resolve(space("phi3")) == expected
+    assert UniformRank(1, roles, None).resolve(space("phi3")) == expected
 
 
 def test_the_roles_that_a_fused_layer_stands_for_are_named_too():
     with pytest.raises(
         SettingError, match=r"\['query'\] not in .*\['qkv', 'q', 'k', 'v', 'o', 'gate_up', 'gate', 'up'"
     ):
-        UniformRank(1, ["query"]).resolve(space("phi3"))
+        UniformRank(1, ["query"], None).resolve(space("phi3"))
 
 
 # -- a share of the parameters -----------------------------------------------------------------------------------------
@@ -198,18 +201,18 @@ def test_the_roles_that_a_fused_layer_stands_for_are_named_too():
     ],
 )
 def test_a_share_of_the_parameters_is_rounded_down_exactly(value, parameters, expected):
-    assert Share(value).resolve(replace(counted(1, 1), survey=backbone(parameters))) == expected
+    assert Share(value, None).resolve(replace(counted(1, 1), survey=backbone(parameters))) == expected
 
 
 def test_a_share_counts_the_backbone_without_its_head():
     body = sum(parameter.numel() for parameter in make_backbone("bert").bert.parameters())
-    assert Share(1.0).resolve(space("bert")) == body
+    assert Share(1.0, None).resolve(space("bert")) == body
 
 
 def test_a_share_that_buys_nothing_is_refused():
     with pytest.raises(SettingError, match=r"budget\.value=0\.005.*less than 1 of the backbone's 199 parameters"):
-        Share(0.005).resolve(replace(counted(1, 1), survey=backbone(199)))
-    assert Share(0.005).resolve(replace(counted(1, 1), survey=backbone(200))) == 1
+        Share(0.005, None).resolve(replace(counted(1, 1), survey=backbone(199)))
+    assert Share(0.005, None).resolve(replace(counted(1, 1), survey=backbone(200))) == 1
 
 
 # -- a share of the sites ----------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ def test_a_share_that_buys_nothing_is_refused():
 
 def test_the_papers_rule_on_a_real_space():
     # 3 layers: 18 LoRA sites, 4 * 3 - 1 = 11 shortcuts; floor(4.5) and round(2.75).
-    count = Fraction(0.25, 8).resolve(space("bert"))
+    count = Fraction(0.25, 8, None).resolve(space("bert"))
     assert count == SiteCount({"lora": 4, "shortcut": 3}, 8)
     assert count.total == 7
 
@@ -234,7 +237,7 @@ def test_the_papers_rule_on_a_real_space():
     ],
 )
 def test_lora_sites_are_rounded_down_and_shortcuts_to_the_nearest_even(p, sites, expected):
-    assert Fraction(p, 4).resolve(counted(*sites)) == SiteCount(
+    assert Fraction(p, 4, None).resolve(counted(*sites)) == SiteCount(
         dict(zip(("lora", "shortcut"), expected, strict=True)), 4
     )
 
@@ -245,36 +248,36 @@ def test_counts_equal_exact_arithmetic(sixteenths, lora, shortcut):
     p = Exact(sixteenths, 16)  # a float holds it exactly
     expected = {"lora": math.floor(p * lora), "shortcut": round(p * shortcut)}
     if any(expected.values()):
-        assert Fraction(float(p), 1).resolve(counted(lora, shortcut)).counts == expected
+        assert Fraction(float(p), 1, None).resolve(counted(lora, shortcut)).counts == expected
     else:
         with pytest.raises(SettingError, match="larger share"):
-            Fraction(float(p), 1).resolve(counted(lora, shortcut))
+            Fraction(float(p), 1, None).resolve(counted(lora, shortcut))
 
 
 def test_a_share_is_the_number_that_the_user_wrote():
     # As floats, 0.7 * 180 is 125.99999999999999.
-    assert Fraction(0.7, 8).resolve(counted(180, 1)).counts["lora"] == 126
+    assert Fraction(0.7, 8, None).resolve(counted(180, 1)).counts["lora"] == 126
 
 
 def test_kinds_decide_how_a_group_is_rounded_whatever_its_label():
     # Seven of each kind, in groups of five and two: floor(2.5) and floor(1), round(2.5) and round(1).
     found = counted(7, 7)
     labels = {site.name: f"{site.name[0]}{'a' if int(site.name[1:]) < 5 else 'b'}" for site in found.sites}
-    counts = Fraction(0.5, 2).resolve(replace(found, groups=labels)).counts
+    counts = Fraction(0.5, 2, None).resolve(replace(found, groups=labels)).counts
     assert counts == {"la": 2, "lb": 1, "sa": 2, "sb": 1}
     labels = dict.fromkeys(labels, "lora")
-    assert Fraction(0.5, 2).resolve(replace(counted(5, 7), groups=labels)).counts == {
+    assert Fraction(0.5, 2, None).resolve(replace(counted(5, 7), groups=labels)).counts == {
         "lora": 2 + 4
     }  # floor(2.5) and round(3.5)
 
 
 def test_a_space_of_one_kind_has_one_count():
-    assert Fraction(0.5, 2).resolve(space("bert", "shortcut")).counts == {"shortcut": 6}  # round(5.5)
+    assert Fraction(0.5, 2, None).resolve(space("bert", "shortcut")).counts == {"shortcut": 6}  # round(5.5)
 
 
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(SettingError, match=r"budget\.p=0\.1.*'lora': 4.*larger share"):
-        Fraction(0.1, 8).resolve(counted(4, 4))
+        Fraction(0.1, 8, None).resolve(counted(4, 4))
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
@@ -283,19 +286,54 @@ def test_a_share_of_nothing_is_refused():
 @pytest.mark.parametrize(
     ("make", "setting"),
     [
-        (lambda: UniformRank(0, None), "rank"),
-        (lambda: Params(0), "value"),
-        (lambda: Params(-5), "value"),
-        (lambda: Share(0.0), "value"),
-        (lambda: Share(1.01), "value"),
-        (lambda: Share(math.nan), "value"),
-        (lambda: Fraction(0.25, 0), "rank"),
-        (lambda: Fraction(0.0, 8), "p"),
-        (lambda: Fraction(1.01, 8), "p"),
-        (lambda: Fraction(math.nan, 8), "p"),
+        (lambda: UniformRank(0, None, None), "rank"),
+        (lambda: Params(0, None), "value"),
+        (lambda: Params(-5, None), "value"),
+        (lambda: Share(0.0, None), "value"),
+        (lambda: Share(1.01, None), "value"),
+        (lambda: Share(math.nan, None), "value"),
+        (lambda: Fraction(0.25, 0, None), "rank"),
+        (lambda: Fraction(0.0, 8, None), "p"),
+        (lambda: Fraction(1.01, 8, None), "p"),
+        (lambda: Fraction(math.nan, 8, None), "p"),
     ],
 )
 def test_impossible_arguments_are_refused_by_name(make, setting):
     with pytest.raises(SettingError) as caught:
         make()
     assert caught.value.setting == setting
+
+
+# -- time as a second budget -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, math.inf, math.nan])
+def test_a_limit_on_the_step_is_a_share(share):
+    for make in (lambda: UniformRank(1, None, share), lambda: Params(1, share), lambda: Share(0.1, share)):
+        with pytest.raises(SettingError, match="a share above 0") as caught:
+            make()
+        assert caught.value.setting == "step_time"
+    with pytest.raises(SettingError, match="counts sites: null here"):
+        Fraction(0.5, 2, 0.7)
+
+
+def test_the_reference_is_a_uniform_allocation_that_the_budget_pays_for(architecture):
+    found = space(architecture)
+    lora = {site.name: site for site in found.survey.lora_sites}
+    for budget in (UniformRank(2, ["q", "v"], 0.5), UniformRank(2, None, 0.5), Params(3 * sum_of(lora), 0.5)):
+        ranks = budget.reference(found.survey)
+        assert len(set(ranks.values())) == 1
+        assert sum(rank * (lora[name].in_features + lora[name].out_features) for name, rank in ranks.items()) == (
+            budget.resolve(found)
+        )
+    assert Params(3 * sum_of(lora) - 1, None).reference(found.survey) == dict.fromkeys(lora, 2)
+    assert Params(1, None).reference(found.survey) == dict.fromkeys(lora, 1)
+    widest = min(min(site.in_features, site.out_features) for site in lora.values())
+    assert set(Params(10**9, None).reference(found.survey).values()) == {widest}
+    assert Share(0.2, None).reference(found.survey) == Params(Share(0.2, None).resolve(found), None).reference(
+        found.survey
+    )
+
+
+def sum_of(sites) -> int:
+    return sum(site.in_features + site.out_features for site in sites.values())

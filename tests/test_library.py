@@ -63,8 +63,8 @@ def test_names_mean_the_shipped_options_and_objects_themselves(model, loader):
     )
     greedy = Greedy(0, 32, "harmonic", "none", None, exact=True, seed=0)
     made = heterolora.search(
-        model, loader, search_space="lora_all", proxy=GradNorm(), allocator=greedy, budget=UniformRank(2, ["q", "v"]),
-        probe=PROBE,
+        model, loader, search_space="lora_all", proxy=GradNorm(), allocator=greedy,
+        budget=UniformRank(2, ["q", "v"], None), probe=PROBE,
     )  # fmt: skip
     assert by_name.ranks == made.ranks
     assert by_name.scores == made.scores
@@ -307,3 +307,24 @@ def test_the_example_script_fine_tunes_with_trainer_and_peft(tmp_path):
     assert result["adapter_parameters"] == 73_728
     assert result["accuracy"] > 0.55  # a majority vote: 0.5
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.medium
+def test_a_limit_on_the_step_is_measured_on_the_model_and_leaves_it_as_before(model, loader):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    random = torch.get_rng_state()
+    limit = UniformRank(2, None, 0.9)
+    found = heterolora.search(model, loader, search_space="lora_all", budget=limit, probe=PROBE)
+    record = found.allocation.provenance["step_time"]
+    assert record["predicted"] <= record["limit"] == 0.9
+    assert found.allocation.provenance["budget"]["step_time"] == 0.9
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == required
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(SettingError, match=r"budget\.step_time=0\.001: the fastest"):
+        heterolora.search(model, loader, search_space="lora_all", budget=UniformRank(2, None, 0.001), probe=PROBE)
+    with pytest.raises(SettingError, match="no batches to time a step on"):
+        heterolora.search(model, None, allocator="uniform", search_space="lora_all", budget=limit)

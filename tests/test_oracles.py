@@ -198,7 +198,7 @@ def test_selections_at_a_quarter(case, state, proxy, mode):
     found, space = scores(case, state, proxy)
     gains = GainRule("flat", 4, "none").gains(found, space.sites, space.groups)
     cost = LoRA("constant", 1.0, 0.0).cost(space.sites)
-    allocation = Top(mode, 4, "none", 0).allocate(gains, cost, Fraction(0.25, 4).resolve(space), space.groups)
+    allocation = Top(mode, 4, "none", 0).allocate(gains, cost, Fraction(0.25, 4, None).resolve(space), space.groups)
     assert len(allocation.active) == expected["count"]
     if expected["enabled"] is not None:  # None: all scores are zero, and the paper's code draws
         assert allocation.active.keys() == {case.site(key) for key in expected["enabled"]}
@@ -219,6 +219,6 @@ def test_the_search_itself_gives_these_scores_when_it_probes_live_and_sums(case,
 
 def test_top_takes_the_papers_number_of_sites_of_each_kind(case):
     model = case.model(False, "rand")
-    counts = Fraction(0.25, 4).resolve(model.space).counts
+    counts = Fraction(0.25, 4, None).resolve(model.space).counts
     sizes = {kind: sum(site.kind == kind for site in model.space.sites) for kind in ("lora", "shortcut")}
     assert counts == {"lora": int(0.25 * sizes["lora"]), "shortcut": round(0.25 * sizes["shortcut"])}

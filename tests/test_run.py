@@ -444,3 +444,27 @@ def test_a_full_disk_is_one_line(tmp_path):
     with pytest.raises(RunFailed, match=r"/a: No space left on device$"):
         train(prepare(folder, "+callbacks.full={_target_: tests.jobs.FullDisk}"))
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.medium
+def test_a_run_keeps_to_a_limit_on_its_step_and_says_what_was_predicted(tmp_path, caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        summary = run_job(tmp_path / "a", "search_space=lora_all", "proxy=grad_norm", "budget.step_time=0.9")
+    step = summary["step_time"]
+    assert step["predicted"] <= step["limit"] == 0.9
+    allocation = json.loads((tmp_path / "a" / "allocation.json").read_text())
+    assert allocation["provenance"]["step_time"].keys() == step.keys() | {"times"}
+    assert f"(predicted step {step['predicted']:.2f} of uniform, limit 0.90)" in caplog.text
+    assert "measured anew" in caplog.text  # data.cache_dir=null
+    assert "predicted step" in capsys.readouterr().out
+    assert allocation["spent"] == summary["parameters"]["held"] <= summary["parameters"]["budget"]
+
+
+def test_no_limit_changes_no_hash_and_a_limit_does():
+    from heterolora.parts import config_hash
+    from heterolora.results import method_hash
+
+    config = {"seed": 0, "data": {"cache_dir": None}, "budget": {"value": 3}}
+    for hashed in (config_hash, method_hash):
+        off, on = ({**config, "budget": {"value": 3, "step_time": share}} for share in (None, 0.5))
+        assert hashed(config) == hashed(off) != hashed(on)

@@ -30,7 +30,7 @@ def run(model, allocator=GREEDY, budget=None, proxy=None, batches=None, **change
         batches,
         proxy=proxy or Spectral(),
         allocator=allocator,
-        budget=budget or Params(3000),
+        budget=budget or Params(3000, None),
         probe=probe(**changes),
         seed=0,
     )
@@ -78,7 +78,7 @@ def test_it_leaves_no_trace_after_an_error(adapted):
     batches = [make_batch(adapted.backbone, seed=seed) for seed in (3, 4)]
     with pytest.raises(ZeroDivisionError):
         search(
-            adapted, broken, batches, batches, proxy=GradNorm(), allocator=GREEDY, budget=Params(3000),
+            adapted, broken, batches, batches, proxy=GradNorm(), allocator=GREEDY, budget=Params(3000, None),
             probe=probe(head_warmup_steps=4), seed=0,
         )  # fmt: skip
     assert all(torch.equal(dict(adapted.backbone.named_parameters())[n], p) for n, p in head.items())
@@ -99,20 +99,20 @@ def test_the_allocation_keeps_to_the_budget_and_enables_nothing(adapted):
 
 
 def test_allocators_that_look_at_no_scores_cost_no_pass(adapted):
-    result = run(adapted, allocator=Uniform(), budget=UniformRank(4, None), batches=[])
+    result = run(adapted, allocator=Uniform(), budget=UniformRank(4, None, None), batches=[])
     assert result.scores is None
     assert len(set(result.allocation.ranks.values())) == 1
 
 
 def test_what_cannot_go_together_is_refused_before_scoring(adapted):
     with pytest.raises(SettingError, match="allocator=greedy"):
-        run(adapted, budget=Fraction(0.25, 2), batches=[])
+        run(adapted, budget=Fraction(0.25, 2, None), batches=[])
     with pytest.raises(SettingError, match="cheapest site costs"):
-        run(adapted, budget=Params(3), batches=[])
+        run(adapted, budget=Params(3, None), batches=[])
 
 
 def test_fraction_and_top(adapted):
-    result = run(adapted, allocator=Top("combined", 2, "none", 0), budget=Fraction(0.25, 2))
+    result = run(adapted, allocator=Top("combined", 2, "none", 0), budget=Fraction(0.25, 2, None))
     assert set(result.allocation.active.values()) == {2}
     assert result.allocation.budget is None
 

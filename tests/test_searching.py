@@ -17,6 +17,7 @@ from heterolora.build import build
 from heterolora.findings import read_scores
 from heterolora.run import RunFailed, search
 from heterolora.shipped import default, option, options
+from heterolora.step_time import times_from
 from tests.conftest import ROOT
 from tests.jobs import TINY, compose_job, prepare, run_job
 
@@ -274,3 +275,43 @@ def peak(what, tokens):
 @pytest.mark.parametrize("tokens", [32, 128])
 def test_scoring_keeps_to_the_memory_of_a_training_step(what, tokens):
     assert peak(what, tokens) <= 1.1 * peak("step", tokens)
+
+
+# -- time as a second budget -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.medium
+def test_a_limit_on_the_step_holds_in_every_allocation_and_is_said(tmp_path, capsys):
+    budgets = [
+        "budgets=[qv_r2,all_r2]",
+        "budget=qv_r2",
+        "budget.step_time=0.85",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
+    summary = run(tmp_path / "a", "search_space=lora_all", *budgets)
+    limited, free = summary["allocations"]
+    assert limited["step_time"]["predicted"] <= 0.85 == limited["step_time"]["limit"]
+    assert "step_time" not in free
+    record = json.loads((tmp_path / "a" / "allocation.json").read_text())["provenance"]["step_time"]
+    assert record["seconds"] == pytest.approx(record["predicted"] * record["reference_seconds"])
+    assert times_from(record["times"]).blocks == 2
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"(predicted step {record['predicted']:.2f} of uniform, limit 0.85)" in printed
+    again = run(tmp_path / "b", "search_space=lora_all", *budgets)  # from the kept calibration, to the last bit
+    assert [row["step_time"] for row in again["allocations"][:1]] == [limited["step_time"]]
+    ranks = [json.loads((tmp_path / name / "allocation.json").read_text())["ranks"] for name in "ab"]
+    assert ranks[0] == ranks[1]
+
+
+@pytest.mark.medium
+def test_no_limit_that_cannot_be_kept_and_none_without_weights(tmp_path):
+    with pytest.raises(
+        RunFailed, match=r"budget\.step_time=0\.001: the fastest allocation here is predicted .* 0\.\d+ of"
+    ):
+        run(tmp_path / "a", "budget.step_time=0.001")
+    with pytest.raises(RunFailed, match=r"budget\.step_time=-1.*a share above 0"):
+        run(tmp_path / "b", "budget.step_time=-1")
+    with pytest.raises(RunFailed, match=r"budget\.step_time=0\.5: goes with a number of parameters"):
+        run(tmp_path / "c", "budget=fraction", "allocator=top", "budget.step_time=0.5")
+    with pytest.raises(RunFailed, match=r"budget\.step_time=0\.5: is timed on the model, of which scores="):
+        run(tmp_path / "d", "budget.step_time=0.5", f"scores={tmp_path / 'scores.json'}")

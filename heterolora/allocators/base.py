@@ -13,7 +13,8 @@ from heterolora.seeds import derive
 from heterolora.sites import Port, Site
 
 Gains: TypeAlias = Mapping[str, Sequence[float]]
-"""Site name -> value of each unit of rank, never increasing; its length is the largest rank the site may get."""
+"""Site name -> value of each unit of rank, never increasing; its length is the largest rank the site may get.
+A site without any value takes no part: whoever asks has put it out of the question."""
 
 Normalise: TypeAlias = Literal["none", "per_parameter", "per_group", "order"]
 Expand: TypeAlias = Literal["harmonic", "flat"]

@@ -43,6 +43,7 @@ class Top:
 
     def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
         """Ranks ``rank`` or 0."""
+        gains, everyone = {name: values for name, values in gains.items() if values}, gains
         if small := [name for name, values in gains.items() if len(values) < self.rank]:
             raise SettingError("allocator.rank", self.rank, f"more than min(in, out) at {small[:3]}")
         if isinstance(budget, SiteCount) and budget.rank != self.rank:
@@ -50,9 +51,10 @@ class Top:
         order = sorted(gains, key=lambda name: (-sum(gains[name][: self.rank]), tie_order(self.seed, name)))
         lists = [order]
         if self.mode == "separate":
-            lists = [[name for name in order if groups[name] == group] for group in sorted(set(groups.values()))]
+            labels = sorted({groups[name] for name in order})
+            lists = [[name for name in order if groups[name] == group] for group in labels]
         chosen = {name for names in lists for name in self._best(names, cost, budget, groups, gains)}
-        ranks = {name: self.rank if name in chosen else 0 for name in gains}
+        ranks = {name: self.rank if name in chosen else 0 for name in everyone}
         return Allocation(ranks, cost(ranks), budget if isinstance(budget, int) else None)
 
     def _best(

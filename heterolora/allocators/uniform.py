@@ -24,12 +24,13 @@ class Uniform:
     def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
         """One rank for all."""
         allowed = parameters_only(budget, "uniform")
-        if (cheapest := cost(dict.fromkeys(groups, 1))) > allowed:
+        sites = [name for name, values in gains.items() if values]
+        if (cheapest := cost(dict.fromkeys(sites, 1))) > allowed:
             raise SettingError(
-                "budget", allowed, f"rank 1 at all {len(groups)} sites costs {cheapest}; give more, or a smaller space"
+                "budget", allowed, f"rank 1 at all {len(sites)} sites costs {cheapest}; give more, or a smaller space"
             )
-        rank, limit = 1, min(len(values) for values in gains.values())
-        while rank < limit and cost(dict.fromkeys(groups, rank + 1)) <= allowed:
+        rank, limit = 1, min(len(gains[name]) for name in sites)
+        while rank < limit and cost(dict.fromkeys(sites, rank + 1)) <= allowed:
             rank += 1
-        ranks = dict.fromkeys(groups, rank)
+        ranks = dict.fromkeys(groups, 0) | dict.fromkeys(sites, rank)
         return Allocation(ranks, cost(ranks), allowed)

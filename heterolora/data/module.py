@@ -257,6 +257,12 @@ class TextData(L.LightningDataModule):
         examples = sorted(self.examples["train"], key=input_length)[-self.settings.batch_size :]
         return self._collate(examples)
 
+    def typical_batch(self) -> dict[str, torch.Tensor]:
+        """A training batch of median length, whatever the seed: what times of steps are measured on."""
+        examples, size = sorted(self.examples["train"], key=input_length), self.settings.batch_size
+        start = max(0, (len(examples) - size) // 2)
+        return self._collate(examples[start : start + size])
+
     def warmup_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Endless batches for the head's warm-up, in an order of their own."""
         sampler, epoch = self._sampler("warmup"), 0

@@ -14,6 +14,7 @@ from heterolora.report.picture import rank_grid
 from heterolora.report.terminal import console
 from heterolora.space import Space
 from heterolora.statistics import Estimate
+from heterolora.step_time import shown
 
 _MEASURES = {"spearman": "Spearman", "kendall": "Kendall", "top_quarter": "top quarter shared"}
 
@@ -107,12 +108,17 @@ def _allocations(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(title="Allocations", title_justify="left")
     for column in ("budget", "proxy"):
         table.add_column(column)
-    for column in ("parameters", "of", "sites"):
+    timed = any("step_time" in row for row in rows)
+    for column in ("parameters", "of", "sites", *(["step of uniform's"] if timed else [])):
         table.add_column(column, justify="right")
     table.add_column("folder", overflow="fold")
     for row in rows:
         allowed = "counts sites" if row["allowed"] is None else f"{row['allowed']:,}"
-        cells = (row["budget"], row["proxy"], f"{row['parameters']:,}", allowed, str(row["sites"]), row["folder"])
+        cells = [row["budget"], row["proxy"], f"{row['parameters']:,}", allowed, str(row["sites"])]
+        if timed:
+            step = row.get("step_time")
+            cells.append("no limit" if step is None else f"{step['predicted']:.2f}, limit {step['limit']:.2f}")
+        cells.append(row["folder"])
         table.add_row(*map(escape, cells))
     return table
 
@@ -123,6 +129,7 @@ def _notes(allocation: Allocation, summary: Mapping[str, Any]) -> list[str]:
     lines = [
         f"allocation.json: {allocation.spent:,}{allowed} parameters at {len(allocation.active)} of {summary['sites']} "
         f"sites, by {main['proxy']} for {main['budget']}"
+        + (f" ({shown(main['step_time'])})" if "step_time" in main else "")
     ]
     if left := summary["left_out_of_peft"]["sites"]:
         lines.append(
@@ -131,6 +138,6 @@ def _notes(allocation: Allocation, summary: Mapping[str, Any]) -> list[str]:
         )
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in summary["seconds"].items())
     memory = summary["memory_mib"]
-    shown = ", ".join(f"{name} {value:,.0f} MiB" for name, value in memory.items() if value is not None)
-    lines += [line for line in (seconds, shown, f"folder: {summary['folder']}") if line]
+    sizes = ", ".join(f"{name} {value:,.0f} MiB" for name, value in memory.items() if value is not None)
+    lines += [line for line in (seconds, sizes, f"folder: {summary['folder']}") if line]
     return lines

@@ -33,6 +33,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_section()
     table.add_row("search", _duration(summary["seconds"]["search"]))
     table.add_row("training", _duration(summary["seconds"]["training"]))
+    if (step := summary.get("step_time")) is not None:
+        table.add_row("predicted step", f"{step['predicted']:.2f} of uniform's, limit {step['limit']:.2f}")
     table.add_row("peak memory", f"{summary['peak_memory_mib']:,.0f} MiB")
     table.add_section()
     if (export := summary.get("export")) is not None:
