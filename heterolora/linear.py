@@ -17,6 +17,14 @@ def features(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def output_is_free(module: nn.Module) -> bool:
+    """Whether the layer's backward pass does not need what it gave out, so that this may be overwritten.
+
+    Known for ``nn.Linear`` and ``Conv1D`` themselves; a layer of another make, or a parametrised one, may need it.
+    """
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
 @torch.no_grad()
 def frozen_weight(module: nn.Module) -> torch.Tensor:
     """The dense weight ``[out, in]`` of a linear layer of any make.

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from torchmetrics import MetricCollection
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
+from heterolora.prefix_cache import FrozenPrefix
 from heterolora.seeds import derive
 from heterolora.tasks.base import Task
 
@@ -76,10 +78,17 @@ class LitAdapted(L.LightningModule):
         optimizer: optimizer settings.
         seed: of the adapters' initialisation and of dropout.
         identity: digests of what a checkpoint belongs to (backbone weights, data); one of anything else is refused.
+        prefix: starts forwards above the frozen blocks; None: they run whole.
     """
 
     def __init__(
-        self, model: AdaptedModel, task: Task, optimizer: Optimizer, seed: int, identity: Mapping[str, str]
+        self,
+        model: AdaptedModel,
+        task: Task,
+        optimizer: Optimizer,
+        seed: int,
+        identity: Mapping[str, str],
+        prefix: FrozenPrefix | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -87,6 +96,7 @@ class LitAdapted(L.LightningModule):
         self.settings = optimizer
         self.seed = seed
         self.identity = dict(identity)
+        self.prefix = prefix
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None
@@ -102,9 +112,14 @@ class LitAdapted(L.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """The loss."""
-        loss = self.scalar_loss(self.model, batch)
+        with self._entered(batch, "train"):
+            loss = self.scalar_loss(self.model, batch)
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch["labels"]))
         return loss
+
+    def _entered(self, batch: Mapping[str, torch.Tensor], split: str) -> AbstractContextManager[None]:
+        """Forwards of this batch start above the frozen prefix, if that is wanted."""
+        return nullcontext() if self.prefix is None else self.prefix.entered(self.model, batch, split)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, from the run's seed and the position alone: the same for every allocation and after a resume.
@@ -167,7 +182,8 @@ class LitAdapted(L.LightningModule):
         self._losses[split] = torch.zeros((), device=self.device)
 
     def _evaluate(self, split: str, batch: dict[str, torch.Tensor]) -> None:
-        logits = self.task.logits(self.model, batch)
+        with self._entered(batch, split):
+            logits = self.task.logits(self.model, batch)
         predictions = self.task.predict(logits)
         self._metrics[split].update(predictions, batch["labels"])
         self._losses[split] = self._losses[split] + self.task.loss(logits, batch) * len(batch["labels"])
@@ -193,7 +209,9 @@ class LitAdapted(L.LightningModule):
         groups = [{"params": adapters, "lr": self.settings.lr, "name": "adapters"}]
         if head:
             groups.append({"params": head, "lr": self.settings.head_lr, "name": "head"})
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay)
+        # One kernel for all parameters: adapters are many and small. Lightning clips no gradients for it under autocast.
+        fused = self.trainer.precision == "32-true" and self.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -96,7 +96,8 @@ class LoadedRun:
         device = next(self.model.parameters()).device
         halves = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
         parts = []
-        for batch in encode(table, self.task, self.tokenizer, self.positions, self.data.eval_batch_size):
+        size, multiple = self.data.eval_batch_size, self.data.pad_to_multiple_of
+        for batch in encode(table, self.task, self.tokenizer, self.positions, size, multiple):
             with torch.autocast(device.type, halves.get(self.precision), enabled=self.precision in halves):
                 logits = self.task.logits(self.model, {key: value.to(device) for key, value in batch.items()})
             logits = logits.float().cpu()
@@ -128,6 +129,7 @@ def load_run(run: str | Path, device: str = "cpu", data_root: str | None = None)
         ranks = read_ranks(folder / "allocation.json")
         if data_root is not None:
             config["data"]["root"] = data_root
+        config["data"].setdefault("pad_to_multiple_of", 1)  # runs before there was this setting
         objects = {node: build(config[node], node) for node in _NODES}
     except (ValueError, yaml.YAMLError, KeyError, TypeError) as error:  # a SettingError is a ValueError
         raise SettingError("run", folder, f"its files are damaged: {' '.join(str(error).split())}") from error

@@ -6,18 +6,19 @@ nothing, not even a hook.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from heterolora.adapters.base import AdapterFamily
+from heterolora.adapters.base import AdapterFamily, TwoPartAdapter
 from heterolora.errors import SettingError
 from heterolora.layouts import HookPoint, Junction
-from heterolora.linear import frozen_weight
+from heterolora.linear import frozen_weight, output_is_free
 from heterolora.sites import Port, Site, Tap
 from heterolora.space import Space
 
@@ -47,6 +48,7 @@ class _Run:
         self.taps: dict[Tap, torch.Tensor] = {}
         self.shifts: dict[Junction, torch.Tensor] = {}
         self.calls: dict[HookPoint, int] = {}
+        self.narrow: dict[tuple[str, ...], tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
 
     def count(self, point: HookPoint) -> int:
         """How often this was asked before."""
@@ -69,9 +71,14 @@ class _Probing:
 
 @dataclass
 class _Join:
-    """The sites that meet at one junction."""
+    """The sites that meet at one junction.
+
+    ``plain``: nothing but their deltas is added there. ``free``: nobody needs the value that they join.
+    """
 
     junction: Junction
+    plain: bool
+    free: bool
     sites: list[Site] = field(default_factory=list)
 
 
@@ -89,6 +96,8 @@ class _Hook:
     counts: bool = False
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.model._paused:
+            return None
         index = self.point.index or 0
         if len(args) <= index:
             raise RuntimeError(f"{self.point.module} was called without positional input {index}; its layout is wrong")
@@ -96,6 +105,8 @@ class _Hook:
         return (*args[:index], value, *args[index + 1 :]) if self.writes else None
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if self.model._paused:
+            return None
         index = self.point.index
         own_input = args[0] if args else None
         if index is None:
@@ -140,8 +151,10 @@ class AdaptedModel(nn.Module):
         self._sites = {site.name: site for site in space.sites}
         self._off: frozenset[str] = frozenset()
         self._run = _Run()
+        self._sharing: dict[str, tuple[str, ...]] = {}  # site -> those that may read the same tensor, it among them
         self._probing: _Probing | None = None
         self._handles: list[Any] = []
+        self._paused = False
         self._hooked = 1  # how often hooks were put on
         parameters = dict(backbone.named_parameters())
         if missing := self.head - parameters.keys():
@@ -237,6 +250,15 @@ class AdaptedModel(nn.Module):
             yield
         finally:
             self.switch_off(off)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """As ``disabled``, with the hooks left in place: cheaper, for whoever does it at every step."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     @property
     def held_parameters(self) -> int:
@@ -388,7 +410,12 @@ class AdaptedModel(nn.Module):
 
         joins: dict[Junction, _Join] = {}
         for site in live:
-            joins.setdefault(self._junction(site), _Join(self._junction(site))).sites.append(site)
+            junction = self._junction(site)
+            if junction not in joins:
+                joins[junction] = self._new_join(junction, site)
+            joins[junction].sites.append(site)
+            joins[junction].plain &= site.name not in observed
+        self._sharing = _sharing([site for site in live if self.active_adapter(site.name) is not None])
         # A longer delta joins after the span-1 deltas where both meet at one point (renorm acts on their sum).
         for join in sorted(joins.values(), key=lambda join: any((site.span or 0) > 1 for site in join.sites)):
             for point in join.junction.points:
@@ -416,6 +443,11 @@ class AdaptedModel(nn.Module):
         junction = self.space.survey.write(site.sink, span)
         return junction if self.space.renorm and span > 1 else Junction(junction.points)
 
+    def _new_join(self, junction: Junction, site: Site) -> _Join:
+        plain = len(junction.points) == 1 and junction.norm is None
+        free = isinstance(site.sink, Port) and output_is_free(self.backbone.get_submodule(site.sink.module))
+        return _Join(junction, plain, free)
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._run = _Run()
         if not (self.training and torch.is_grad_enabled()):
@@ -436,6 +468,8 @@ class AdaptedModel(nn.Module):
         points = join.junction.points
         if point != points[0]:
             return value + self._run.shifts.pop(join.junction).reshape(value.shape)
+        if join.plain and (joined := self._added(join, value, own_input)) is not None:
+            return joined
         delta: torch.Tensor | None = None
         for site in join.sites:
             if (adapter := self.active_adapter(site.name)) is not None:
@@ -455,6 +489,44 @@ class AdaptedModel(nn.Module):
         if len(points) > 1:
             self._run.shifts[join.junction] = shift
         return joined
+
+    def _added(self, join: _Join, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor | None:
+        """The value with all deltas, each added as one product; None where they must be computed apart.
+
+        Without gradients they are: then the bits are those that PEFT computes from an export.
+        """
+        apart = not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(value) is not torch.Tensor
+        if apart or torch.is_autocast_enabled(value.device.type):
+            return None
+        sources = {site: self._source(site, own_input) for site in join.sites}
+        for site, source in sources.items():
+            down = _down(self.adapter(site.name))
+            if down is None or not value.dtype == source.dtype == down.dtype:
+                return None
+        for site, source in sources.items():
+            adapter = cast(TwoPartAdapter, self.adapter(site.name))
+            value = adapter.add(value, self._narrow(site, source), join.free)
+        return value
+
+    def _narrow(self, site: Site, source: torch.Tensor) -> torch.Tensor:
+        """The source times the site's ``down``: one product for all sites that read the same tensor, as q, k and v do.
+
+        Whoever comes first computes it for the others, which take their parts; a part that is not there, or of another
+        tensor, is computed (blocks may call a layer twice, or give layers of one kind other inputs).
+        """
+        names = self._sharing.get(site.name, (site.name,))
+        held = self._run.narrow.get(names)
+        if held is None or held[0] is not source or site.name not in held[1]:
+            downs = {name: down for name in names if (down := _down(self.adapter(name))) is not None}
+            if len(downs) == 1:
+                return functional.linear(source, downs[site.name])
+            product = functional.linear(source, torch.cat(list(downs.values())))
+            parts = torch.split(product, [len(down) for down in downs.values()], dim=-1)
+            held = self._run.narrow[names] = source, dict(zip(downs, parts, strict=True))
+        part = held[1].pop(site.name)
+        if not held[1]:
+            del self._run.narrow[names]
+        return part
 
     def _source(self, site: Site, own_input: torch.Tensor | None) -> torch.Tensor:
         if isinstance(site.source, Tap):
@@ -503,6 +575,20 @@ def carries_adapters(backbone: nn.Module) -> bool:
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ]
     return any(isinstance(getattr(hook, "__self__", None), (_Hook, AdaptedModel)) for hook in hooks)
+
+
+def _sharing(sites: Sequence[Site]) -> dict[str, tuple[str, ...]]:
+    """Site -> all that may read the same tensor as it does, where there are others."""
+    groups: dict[Hashable, list[str]] = {}
+    for site in sites:
+        groups.setdefault(site.reads, []).append(site.name)
+    return {name: tuple(names) for names in groups.values() if len(names) > 1 for name in names}
+
+
+def _down(adapter: nn.Module) -> torch.Tensor | None:
+    """``TwoPartAdapter.down`` of an adapter that has it."""
+    down: torch.Tensor | None = getattr(adapter, "down", None)
+    return down
 
 
 def _key(name: str) -> str:

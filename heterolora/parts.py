@@ -19,6 +19,7 @@ from heterolora.data.module import Data
 from heterolora.errors import SettingError
 from heterolora.export import Export
 from heterolora.lit import Optimizer
+from heterolora.prefix_cache import PrefixSettings
 from heterolora.proxies.base import Proxy
 from heterolora.report.loggers import RunLogger
 from heterolora.results import OFF
@@ -34,6 +35,7 @@ NODES = (
     "search_space",
     "adapter",
     "optimizer",
+    "prefix",
     "probe",
     "proxy",
     "allocator",
@@ -64,6 +66,7 @@ class Parts:
     budget: Budget
     allocation: Static
     optimizer: Optimizer
+    prefix: PrefixSettings
     trainer: TrainerSettings
     logger: RunLogger
     export: Export

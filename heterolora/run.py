@@ -221,7 +221,7 @@ def _hold_tournament(config: Mapping[str, Any], overrides: Sequence[str]) -> Non
 
 def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Hydra merges the options of ``group=[a,b]`` into one node, which no group of ours is meant for."""
-    for group in set(NODES) - {"data", "probe", "optimizer", "export"}:
+    for group in set(NODES) - {"data", "probe", "optimizer", "prefix", "export"}:
         if not isinstance(choices.get(group), str):
             given = next((text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")), None)
             raise SettingError(group, given, f"one option is needed; for several runs: -m {group}=a,b")

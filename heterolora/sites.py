@@ -1,7 +1,7 @@
 """Sites: the places of a backbone that can carry a low-rank map from a source to a sink."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -9,6 +9,9 @@ Kind: TypeAlias = Literal["lora", "shortcut"]
 
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """Roles that one linear layer plays at once, in the backbones that compute them together."""
+
+SIDE_BY_SIDE = (("q", "k", "v"), ("gate", "up"), ("cross_k", "cross_v"))
+"""Roles of layers that, in most blocks, are given the same input."""
 
 
 @dataclass(frozen=True, order=True)
@@ -72,6 +75,14 @@ class Site:
     def entry(self) -> int:
         """Blocks of its stream that run before the site reads anything: a step need not go back below."""
         return self.source.index // 2 if isinstance(self.source, Tap) else self.layer
+
+    @property
+    def reads(self) -> Hashable:
+        """Equal for sites of one block that may read the same tensor: of one tap, or of layers side by side."""
+        if isinstance(self.source, Tap):
+            return (self.source, self.layer)
+        together = next((roles for roles in SIDE_BY_SIDE if self.role in roles), None)
+        return self.source if together is None else (self.stream, self.layer, together)
 
     @property
     def roles(self) -> tuple[str, ...]:

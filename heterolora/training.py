@@ -30,6 +30,7 @@ from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
 from heterolora.peft_in import start_from
 from heterolora.plan import planned
+from heterolora.prefix_cache import FrozenPrefix
 from heterolora.provenance import provenance, versions
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
@@ -129,7 +130,7 @@ class _Run:
         rehearse(parts.allocator, budget, space, parts.adapter)
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
-        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity)
+        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, self._prefix(data, backbone))
         if parts.dry:
             return self._plan(module, data, splits)
         callbacks = list(parts.callbacks)
@@ -156,6 +157,15 @@ class _Run:
         print_summary(summary)
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
+
+    def _prefix(self, data: TextData, backbone: Backbone) -> FrozenPrefix | None:
+        """What starts forwards above the frozen blocks; None where they run as always."""
+        settings = self.parts.prefix
+        settings.check(backbone.model.config)
+        if not settings.cache and settings.dropout:
+            return None
+        lengths = {split: data.lengths(split) for split in ("train", "validation")}
+        return FrozenPrefix(settings, lengths, len(self.parts.task.inputs))
 
     def _plan(self, module: LitAdapted, data: TextData, splits: Splits) -> dict[str, Any]:
         """What the run would do and need."""
@@ -309,6 +319,7 @@ class _Run:
                 "sha256": module.identity["data"],
                 "labels": None if self.parts.task.labels is None else list(self.parts.task.labels),
             },
+            "prefix": None if module.prefix is None else module.prefix.report(),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "backbone": backbone.fingerprint,

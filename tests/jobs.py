@@ -60,6 +60,19 @@ def prepare(folder: Path, *overrides: str, config: str = "train") -> DictConfig:
     return cfg
 
 
+def write_copa(root: Path) -> None:
+    """A task whose examples are two inputs each."""
+    folder = root / "superglue" / "COPA"
+    folder.mkdir(parents=True)
+    for name, count in (("train", 80), ("val", 20)):
+        rows = [
+            {"premise": f"It was {row}.", "choice1": "a" * (row % 5 + 1), "choice2": "b", "label": row % 2}
+            | {"question": ("cause", "effect")[row % 2], "idx": row}
+            for row in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 class StopAt(L.Callback):
     """Breaks off when an epoch starts, as a crash would."""
 

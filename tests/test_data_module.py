@@ -43,7 +43,7 @@ def made_up_splits(sizes=SIZES):
 
 def settings(**changes):
     values = {"root": None, "batch_size": 8, "eval_batch_size": 7, "validation_share": 0.1, "split_seed": 0}
-    return Data(**(values | {"limit": None, "cache_dir": None} | changes))
+    return Data(**(values | {"limit": None, "pad_to_multiple_of": 1, "cache_dir": None} | changes))
 
 
 def make_task(**changes):

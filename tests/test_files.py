@@ -223,7 +223,7 @@ def test_half_a_character_is_refused_with_its_row(tmp_path):
 
 def settings(**changes):
     values = {"root": None, "batch_size": 4, "eval_batch_size": 4, "validation_share": 0.1, "split_seed": 0}
-    return Data(**(values | {"limit": None, "cache_dir": None} | changes))
+    return Data(**(values | {"limit": None, "pad_to_multiple_of": 1, "cache_dir": None} | changes))
 
 
 def make_task(*paths, label="label", labels=None, **changes):

@@ -115,7 +115,7 @@ def test_a_text_that_is_missing_is_named(tmp_path):
     path = write_download(tmp_path, "cb") / "train.jsonl"
     path.write_text(path.read_text() + '{"premise": "x", "label": "neutral"}\n')
     with pytest.raises(SettingError, match=r"task\.source=the train split of .*CB: row 3 has no 'hypothesis'"):
-        Data(str(tmp_path), 4, 4, 0.1, 0, None, None).splits(load_task("cb"))
+        Data(str(tmp_path), 4, 4, 0.1, 0, None, 1, None).splits(load_task("cb"))
 
 
 def test_an_unknown_question_of_copa_is_named(tmp_path):

@@ -11,7 +11,7 @@ from scipy import stats
 
 from heterolora.build import build
 from heterolora.run import RunFailed
-from tests.jobs import CONF, compose_job, run_job
+from tests.jobs import CONF, compose_job, run_job, write_copa
 
 pytestmark = pytest.mark.medium
 
@@ -89,15 +89,7 @@ def test_a_regression_that_diverges_is_no_result(tmp_path):
 
 
 def test_a_choice(tmp_path):
-    folder = tmp_path / "sets" / "superglue" / "COPA"
-    folder.mkdir(parents=True)
-    for name, count in (("train", 80), ("val", 20)):
-        rows = [
-            {"premise": f"It was {row}.", "choice1": "a" * (row % 5 + 1), "choice2": "b", "label": row % 2}
-            | {"question": ("cause", "effect")[row % 2], "idx": row}
-            for row in range(count)
-        ]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_copa(tmp_path / "sets")
     summary = run_job(tmp_path / "a", "task=copa", f"data.root={tmp_path}/sets", "task.max_length=64")
     assert summary["data"]["sizes"] == {"train": 48, "validation": 8, "test": 20}
     assert summary["data"]["labels"] == ["choice1", "choice2"]

@@ -38,6 +38,8 @@ class Data:
         validation_share: share of the training set that becomes the validation set where labels are missing.
         split_seed: seed of that split; runs with other ``seed`` see the same sentences.
         limit: at most so many examples of each split; null: all.
+        pad_to_multiple_of: batches are padded to a multiple of so many tokens; at 8, what a CPU computes for an example
+            does not depend on its batch.
         cache_dir: folder for tokenised data; null: keep none.
     """
 
@@ -47,10 +49,11 @@ class Data:
     validation_share: float
     split_seed: int
     limit: int | None
+    pad_to_multiple_of: int
     cache_dir: str | None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "eval_batch_size"):
+        for name in ("batch_size", "eval_batch_size", "pad_to_multiple_of"):
             if getattr(self, name) < 1:
                 raise SettingError(name, getattr(self, name), "a whole number of at least 1")
 
@@ -119,7 +122,7 @@ def read_labelled(path: Path, task: Task, label: str | None, setting: str) -> pd
 
 
 def encode(
-    table: pd.DataFrame, task: Task, tokenizer: Any, positions: int | None, batch_size: int
+    table: pd.DataFrame, task: Task, tokenizer: Any, positions: int | None, batch_size: int, multiple: int = 1
 ) -> DataLoader[Example]:
     """Batches of one table, for predictions or an evaluation outside a run.
 
@@ -131,19 +134,27 @@ def encode(
         tokenizer: the backbone's.
         positions: tokens that the backbone can take; None: no limit.
         batch_size: examples in a batch.
+        multiple: tokens that the length of a batch is a multiple of.
 
     Raises:
         SettingError: if a text column or a text is missing, or there are no rows.
     """
     if table.empty:
         raise SettingError("task.text", text_columns(task.inputs), "the table has no rows")
-    _check_length(task, tokenizer, positions)
+    _check_length(task, tokenizer, positions, multiple)
     check_texts(table, text_columns(task.inputs), "task.text", text_columns(task.inputs))
-    return _by_length(tokenise_table(table, tokenizer, task.inputs, task.max_length), batch_size, _Collator(tokenizer))
+    examples = tokenise_table(table, tokenizer, task.inputs, task.max_length)
+    return _by_length(examples, batch_size, _Collator(tokenizer, multiple))
 
 
-def _check_length(task: Task, tokenizer: Any, positions: int | None) -> None:
+def _check_length(task: Task, tokenizer: Any, positions: int | None, multiple: int) -> None:
     longest = min(tokenizer.model_max_length, positions or task.max_length)
+    if positions is not None and -(-task.max_length // multiple) * multiple > positions >= task.max_length:
+        raise SettingError(
+            "data.pad_to_multiple_of",
+            multiple,
+            f"{task.max_length} tokens would be padded beyond this model's {positions}",
+        )
     if longest < task.max_length:
         raise SettingError("task.max_length", task.max_length, f"this model's limit is {longest} tokens")
 
@@ -156,8 +167,8 @@ def _by_length(examples: Any, batch_size: int, collate: "_Collator") -> DataLoad
 class _Collator:
     """Examples to a batch: all alternatives of the first, of the second, ..., padded to the longest of the batch."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._pad = DataCollatorWithPadding(tokenizer)
+    def __init__(self, tokenizer: Any, multiple: int) -> None:
+        self._pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         given = [key for key in ("labels", "index") if key in examples[0]]
@@ -189,7 +200,7 @@ class TextData(L.LightningDataModule):
         self, splits: Splits, task: Task, tokenizer: Any, positions: int | None, settings: Data, seed: int
     ) -> None:
         super().__init__()
-        _check_length(task, tokenizer, positions)
+        _check_length(task, tokenizer, positions, settings.pad_to_multiple_of)
         cache = None if settings.cache_dir is None else Path(settings.cache_dir).expanduser()
         try:
             self.examples = tokenise(splits.tables, tokenizer, task.inputs, task.max_length, cache)
@@ -198,13 +209,17 @@ class TextData(L.LightningDataModule):
         self.settings = settings
         self.seed = seed
         self._tests = splits.tests
-        self._collate = _Collator(tokenizer)
+        self._collate = _Collator(tokenizer, settings.pad_to_multiple_of)
 
     def reseeded(self, seed: int) -> "TextData":
         """The same tokens in the order of another seed; this one must not have been given to a trainer."""
         other = copy.copy(self)
         other.seed = seed
         return other
+
+    def lengths(self, split: str) -> list[int]:
+        """Tokens of each input of a split, the alternatives of an example one after the other."""
+        return [len(ids) for example in self.examples[split] for ids in example["input_ids"]]
 
     def train_dataloader(self) -> DataLoader[Example]:
         """Seeded order, batches of similar length."""

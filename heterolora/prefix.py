@@ -1,0 +1,113 @@
+"""The frozen prefix: blocks below everything that is active, whose output for an input never changes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from heterolora.model import AdaptedModel
+
+
+def frozen_blocks(model: AdaptedModel) -> int:
+    """How many blocks run before anything that is active: no active site reads or changes what they compute.
+
+    0 where the first blocks are not all that comes first: with two streams, and with blocks that share their weights.
+    """
+    blocks = _blocks(model)
+    if not blocks or len(set(blocks)) < len(blocks):
+        return 0
+    entries = [site.entry for site in model.space.sites if model.active_adapter(site.name) is not None]
+    return min(entries, default=len(blocks))
+
+
+class Prefix:
+    """The first blocks of an adapted model: run alone, or skipped.
+
+    Both are done by giving blocks another ``forward`` for a while; hooks, names and parameters stay as they are.
+
+    Args:
+        model: the adapted model.
+        blocks: how many, at least 1; nothing below is active (``frozen_blocks``).
+    """
+
+    def __init__(self, model: AdaptedModel, blocks: int) -> None:
+        self.model = model
+        self.blocks = blocks
+        self._others: int | None = None  # what a block gives beside the hidden state; None: it gives a tensor
+
+    @torch.no_grad()
+    def run(self, call: Callable[[], object]) -> torch.Tensor:
+        """What the first blocks give, ``[inputs, tokens, width]``, without dropout; later blocks do not run.
+
+        Args:
+            call: runs the model on the inputs.
+        """
+        modules = [self.model.backbone.get_submodule(path) for path in _blocks(self.model)]
+        last, found = modules[self.blocks - 1], []
+        forward = last.forward
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self._others = None if isinstance(output, torch.Tensor) else len(output) - 1
+            found.append(output if isinstance(output, torch.Tensor) else output[0])
+            return output
+
+        with ExitStack() as exits:
+            exits.enter_context(_evaluating(self.model.backbone))
+            exits.enter_context(self.model.paused())  # what is active comes later, at blocks that do not run
+            exits.enter_context(_instead(last, keep))
+            for module in modules[self.blocks :]:
+                exits.enter_context(_instead(module, lambda *args, **kwargs: self._form(args[0])))
+            call()
+        hidden: torch.Tensor = found[0]
+        return hidden
+
+    @contextmanager
+    def entered(self, hidden: torch.Tensor) -> Iterator[None]:
+        """Forwards inside skip the first blocks, and go on from what ``run`` gave for the same inputs.
+
+        Args:
+            hidden: ``[inputs, tokens, width]``; what stands where there is padding plays no part.
+        """
+        with ExitStack() as exits:
+            for path in _blocks(self.model)[: self.blocks]:
+                module = self.model.backbone.get_submodule(path)
+                exits.enter_context(_instead(module, lambda *args, **kwargs: self._form(hidden)))
+            yield
+
+    def _form(self, hidden: torch.Tensor) -> Any:
+        """As blocks give it: a tensor, or a tuple whose other elements (attention weights) nobody asked for."""
+        return hidden if self._others is None else (hidden, *[None] * self._others)
+
+
+def _blocks(model: AdaptedModel) -> Sequence[str]:
+    """Paths of the blocks in the order in which they run; of two stacks, none."""
+    stacks = list(model.space.survey.stacks.values())
+    return stacks[0].blocks if len(stacks) == 1 else ()
+
+
+@contextmanager
+def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = module.__dict__.get("forward")  # some libraries give a module another one, too
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [each for each in module.modules() if each.training]
+    for each in training:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
