@@ -1,6 +1,7 @@
 """An allocation: how much rank each site of a search space gets, what that costs, and where it came from."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,6 @@ def check_ranks(content: Any) -> dict[str, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1):
         raise ValueError(f"named twice: {twice}")
     return dict(pairs)

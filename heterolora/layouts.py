@@ -6,8 +6,10 @@ written ``module.pre[0]`` (positional input 0 of a module, before it runs), ``mo
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from heterolora.errors import SettingError
@@ -399,6 +401,14 @@ class Stack:
         return self.layout
 
     def _point(self, text: str, layer: int) -> HookPoint:
-        path = self.blocks[layer]
-        call = self.blocks[:layer].count(path) if self.blocks.count(path) > 1 else None
-        return HookPoint.parse(text, path, call)
+        return HookPoint.parse(text, self.blocks[layer], self._calls[layer])
+
+    @cached_property
+    def _calls(self) -> list[int | None]:
+        """At each depth, how often its block has run before; None for a block that runs once."""
+        times, before = Counter(self.blocks), Counter[str]()
+        calls: list[int | None] = []
+        for path in self.blocks:
+            calls.append(before[path] if times[path] > 1 else None)
+            before[path] += 1
+        return calls

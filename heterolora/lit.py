@@ -209,7 +209,7 @@ class LitAdapted(L.LightningModule):
         groups = [{"params": adapters, "lr": self.settings.lr, "name": "adapters"}]
         if head:
             groups.append({"params": head, "lr": self.settings.head_lr, "name": "head"})
-        # One kernel for all parameters: adapters are many and small. Lightning clips no gradients for it under autocast.
+        # One kernel for all parameters, which are many and small; under autocast Lightning clips no gradients for it.
         fused = self.trainer.precision == "32-true" and self.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW(groups, weight_decay=self.settings.weight_decay, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)

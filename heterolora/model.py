@@ -5,6 +5,7 @@ computes a sink's value (``nn.Linear``, ``Conv1D``, a quantised layer) is not as
 nothing, not even a hook.
 """
 
+import gc
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,21 @@ from heterolora.space import Space
 
 Observer = Callable[[Site, torch.Tensor, torch.Tensor | None], None]
 """Called with a site, what its source holds ``[..., in]`` and the loss gradient at its sink ``[..., out]``, if any."""
+
+
+@contextmanager
+def _all_kept() -> Iterator[None]:
+    """No garbage collection for a while in which thousands of objects are made that all stay.
+
+    They would start several, each of which walks through the whole model: a third of the time at 10,000 sites.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Run:
@@ -177,6 +193,7 @@ class AdaptedModel(nn.Module):
         held = {name: self.adapter(name).rank for name in self.held}
         return {name: int(held.get(name, 0)) for name in self._sites}  # type: ignore[arg-type]
 
+    @_all_kept()
     def enable(self, ranks: Mapping[str, int], seed: int) -> None:
         """Give each site a fresh adapter of this rank; sites of rank 0, or not named, hold nothing afterwards.
 
@@ -189,10 +206,13 @@ class AdaptedModel(nn.Module):
         device = next(self.backbone.parameters()).device
         dtype = adapter_dtype(self.backbone)
         fresh = {
-            name: self.family.build(site, ranks[name], seed).to(device=device, dtype=dtype)
+            name: self.family.build(site, ranks[name], seed)
             for name, site in self._sites.items()
             if ranks.get(name, 0) > 0
         }
+        if (device, dtype) != (torch.device("cpu"), torch.float32):  # as a family builds them
+            for adapter in fresh.values():
+                adapter.to(device=device, dtype=dtype)
         self._install(fresh)
 
     def _install(self, adapters: Mapping[str, nn.Module]) -> None:
@@ -371,6 +391,7 @@ class AdaptedModel(nn.Module):
 
     # -- hooks ------------------------------------------------------------------------------------------------------
 
+    @_all_kept()
     def _rehook(self) -> None:
         """Put hooks where adapters are on or observed, and nowhere else."""
         self._hooked += 1
@@ -403,8 +424,9 @@ class AdaptedModel(nn.Module):
         for tap in dict.fromkeys(site.source for site in live if isinstance(site.source, Tap)):
             point = survey.read(tap)
             hook_at(point).reads.append((point, tap))
+        modules = dict(self.backbone.named_modules(remove_duplicate=False))
         for hook in hooks.values():
-            module = self.backbone.get_submodule(hook.point.module)
+            module = modules[hook.point.module]
             if hook.point.side == "pre":
                 self._handles.append(module.register_forward_pre_hook(hook.before))
             else:  # before transformers' own capturing hooks, whenever those came

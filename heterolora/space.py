@@ -1,7 +1,8 @@
 """The search space: which sites of a backbone take part."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from torch import nn
@@ -233,10 +234,11 @@ class Space:
 
     def __getitem__(self, name: str) -> Site:
         """The site of this name."""
-        found = next((site for site in self.sites if site.name == name), None)
-        if found is None:
-            raise KeyError(name)
-        return found
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
 
 
 @dataclass(frozen=True)
@@ -303,7 +305,8 @@ class SearchSpace:
         for layer in self.layers:
             if not -found.deepest <= layer < found.deepest:
                 raise SettingError("search_space.layers", self.layers, f"layers 0 to {found.deepest - 1} exist")
-        return [site for site in sites if _is_layer(site, self.layers, found)]
+        layers = frozenset(self.layers)
+        return [site for site in sites if _is_layer(site, layers, found)]
 
     def _matching(
         self, setting: str, rules: Sequence[str | Mapping[str, Any]], sites: Sequence[Site], found: Survey
@@ -314,11 +317,11 @@ class SearchSpace:
                 raise SettingError(
                     f"search_space.{setting}", rule, f"unknown keys {sorted(unknown)}, possible: {list(_KEYS)}"
                 )
-            for part in _parts(rule):
-                matched = {site.name for site in sites if _matches(part, site, found)}
-                if not matched:
-                    raise SettingError(f"search_space.{setting}", part, f"matches no site; {_existing(sites, found)}")
-                names |= matched & {site.name for site in sites if _matches(rule, site, found)}
+            wanted = rule if isinstance(rule, str) else {key: _values(value) for key, value in rule.items()}
+            matched = [site for site in sites if _matches(wanted, site, found)]
+            if (part := _unmatched(rule, matched, found)) is not None:
+                raise SettingError(f"search_space.{setting}", part, f"matches no site; {_existing(sites, found)}")
+            names.update(site.name for site in matched)
         return names
 
     def _check_renorm(self, sites: Sequence[Site], found: Survey) -> None:
@@ -329,31 +332,47 @@ class SearchSpace:
                 )
 
 
-def _parts(rule: str | Mapping[str, Any]) -> list[str | Mapping[str, Any]]:
-    """The rule with each value of each list alone: every one must match something, or it is a slip."""
-    if isinstance(rule, str):
-        return [rule]
-    lists = {key: value for key, value in rule.items() if isinstance(value, (list, tuple))}
-    return [{**rule, key: [value]} for key, values in lists.items() for value in values] or [rule]
+def _unmatched(rule: str | Mapping[str, Any], matched: Sequence[Site], found: Survey) -> str | Mapping[str, Any] | None:
+    """The rule with the first value of a list of its that none of its sites has, which is a slip; None: there is none.
+
+    Args:
+        rule: as the user wrote it.
+        matched: its sites.
+        found: the backbone.
+    """
+    lists = {} if isinstance(rule, str) else {k: v for k, v in rule.items() if isinstance(v, (list, tuple))}
+    if isinstance(rule, str) or not any(lists.values()):
+        return None if matched else rule
+    for key, values in lists.items():
+        there = {value for site in matched for value in _has(site, key, found)}
+        for value in values:
+            if not isinstance(value, Hashable) or value not in there:
+                return {**rule, key: [value]}
+    return None
 
 
-def _matches(rule: str | Mapping[str, Any], site: Site, found: Survey) -> bool:
+def _values(wanted: Any) -> frozenset[Any]:
+    """The values that a rule names; what cannot be hashed is no value of any site."""
+    values = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+    return frozenset(value for value in values if isinstance(value, Hashable))
+
+
+def _has(site: Site, key: str, found: Survey) -> tuple[Any, ...]:
+    """Everything that a rule may say of a site under one key; layers count from the end of its own stream, too."""
+    if key == "layer":
+        return site.layer, site.layer - found.depth(site.stream)
+    return site.roles if key == "role" else (getattr(site, key),)
+
+
+def _matches(rule: str | Mapping[str, frozenset[Any]], site: Site, found: Survey) -> bool:
     if isinstance(rule, str):
         return rule in (*site.roles, site.kind)
-    for key, wanted in rule.items():
-        values = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
-        if key == "layer":
-            fits = _is_layer(site, values, found)
-        else:
-            fits = any(value in values for value in (site.roles if key == "role" else (getattr(site, key),)))
-        if not fits:
-            return False
-    return True
+    return all(not values.isdisjoint(_has(site, key, found)) for key, values in rule.items())
 
 
-def _is_layer(site: Site, layers: Sequence[Any], found: Survey) -> bool:
-    """Whether the site is in one of these layers, which may count from the end of its own stream."""
-    return site.layer in layers or site.layer - found.depth(site.stream) in layers
+def _is_layer(site: Site, layers: Collection[int], found: Survey) -> bool:
+    """Whether the site is in one of these layers."""
+    return any(layer in layers for layer in _has(site, "layer", found))
 
 
 def _existing(sites: Sequence[Site], found: Survey) -> str:

@@ -362,7 +362,7 @@ class _Run:
         if not self.parts.export.peft:
             return
         device = next(module.model.backbone.parameters()).device
-        batch = {key: value.to(device) for key, value in next(iter(data.val_dataloader())).items()}
+        batch = {key: value.to(device) for key, value in data.a_few().items()}
         allocation = json.loads((self.folder / "allocation.json").read_text())
         written = {**summary, "metrics": without_nan(summary["metrics"])}
         origin = origin_of(self.config, self.parts.task, written, allocation)

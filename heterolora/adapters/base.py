@@ -46,7 +46,10 @@ class AdapterFamily(Protocol):
     """One family of adapters with its settings."""
 
     def build(self, site: Site, rank: int, seed: int) -> nn.Module:
-        """A fresh adapter whose delta is zero, drawn from ``(seed, site.name)`` and nested in the rank."""
+        """A fresh adapter whose delta is zero, drawn from ``(seed, site.name)`` and nested in the rank.
+
+        In float32 on the CPU; the model moves it to where its backbone is.
+        """
 
     def probe(self, site: Site, rank: int, std: float, seed: int) -> nn.Module:
         """An adapter for scoring: all factors from N(0, std^2), from ``(seed, site.name)``, nested in the rank."""

@@ -146,9 +146,10 @@ class LoRA:
         """
         generator = torch.Generator().manual_seed(derive(seed, "adapter", site.name))
         bound = 1 / math.sqrt(site.in_features)
-        rows = [torch.empty(site.in_features).uniform_(-bound, bound, generator=generator) for _ in range(rank)]
+        # Drawn row by row, whatever the rank: numbers of a uniform draw come one after the other.
+        rows = torch.empty(rank, site.in_features).uniform_(-bound, bound, generator=generator)
         zeros = torch.zeros(site.out_features, rank)
-        return LowRank(torch.stack(rows), zeros, self.scale_at(site, rank), self.dropout)
+        return LowRank(rows, zeros, self.scale_at(site, rank), self.dropout)
 
     def probe(self, site: Site, rank: int, std: float, seed: int) -> LowRank:
         """A and B from N(0, std^2)."""

@@ -191,9 +191,12 @@ def _pools(gains: Gains, cost: AdditiveCost, bounds: Bounds, seed: int) -> tuple
     whole = sum(price // divisor * (bounds.caps[name] - bounds.floors[name]) for name, price in open_.items())
     capacity = min(capacity, whole)
     labels = sorted({*bounds.reserves, *bounds.ceilings})
+    members: dict[str | None, list[str]] = {label: [] for label in labels}
+    members[None] = []  # all groups without a share of their own make one pool
+    for name in open_:
+        members[bounds.groups[name] if bounds.groups[name] in members else None].append(name)
     pools = []
-    for label in [*labels, None]:  # all groups without a share of their own make one pool
-        names = [name for name in open_ if _label(bounds.groups[name], labels) == label]
+    for label, names in members.items():
         if not names:
             continue
         reserve, most = 0, capacity
@@ -207,10 +210,6 @@ def _pools(gains: Gains, cost: AdditiveCost, bounds: Bounds, seed: int) -> tuple
         units.sort(key=lambda one: -one.price if reserve > 0 else -one.tie)
         pools.append(_Pool(units, most, reserve))
     return sorted(pools, key=lambda pool: -pool.tie), capacity
-
-
-def _label(label: str, labels: Sequence[str]) -> str | None:
-    return label if label in labels else None
 
 
 def _units(price: int, names: Sequence[str], gains: Gains, bounds: Bounds, seed: int) -> _Units:

