@@ -23,6 +23,7 @@ from heterolora.backbone import Backbone
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
+from heterolora.errors import SettingError
 from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
 from heterolora.lit import LitAdapted
@@ -131,6 +132,7 @@ class _Run:
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
         module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, self._prefix(data, backbone))
+        parts.trainer.compile_model(model)
         if parts.dry:
             return self._plan(module, data, splits)
         callbacks = list(parts.callbacks)
@@ -164,6 +166,10 @@ class _Run:
         settings.check(backbone.model.config)
         if not settings.cache and settings.dropout:
             return None
+        if self.parts.trainer.compile:
+            raise SettingError(
+                "trainer.compile", True, "not with prefix.cache or prefix.dropout=false, which change calls"
+            )
         lengths = {split: data.lengths(split) for split in ("train", "validation")}
         return FrozenPrefix(settings, lengths, len(self.parts.task.inputs))
 
