@@ -354,9 +354,10 @@ class _Run:
         allocation = json.loads((self.folder / "allocation.json").read_text())
         written = {**summary, "metrics": without_nan(summary["metrics"])}
         origin = origin_of(self.config, self.parts.task, written, allocation)
-        summary["export"] = hand_over(
-            module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
-        )
+        with torch.compiler.set_stance("force_eager"):  # one forward is not worth a compilation
+            summary["export"] = hand_over(
+                module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
+            )
         write_json(self.folder / "summary.json", {**written, "export": summary["export"]})
 
     def _join_metrics(self) -> None:
