@@ -24,6 +24,7 @@ from heterolora.calibration import kept_step_times, step_limit
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
+from heterolora.errors import SettingError
 from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
 from heterolora.lit import LitAdapted
@@ -133,6 +134,7 @@ class _Run:
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
         module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, self._prefix(data, backbone))
+        parts.trainer.compile_model(model)
         if parts.dry:
             return self._plan(module, data, splits)
         callbacks = list(parts.callbacks)
@@ -166,6 +168,10 @@ class _Run:
         settings.check(backbone.model.config)
         if not settings.cache and settings.dropout:
             return None
+        if self.parts.trainer.compile:
+            raise SettingError(
+                "trainer.compile", True, "not with prefix.cache or prefix.dropout=false, which change calls"
+            )
         lengths = {split: data.lengths(split) for split in ("train", "validation")}
         return FrozenPrefix(settings, lengths, len(self.parts.task.inputs))
 
@@ -366,9 +372,10 @@ class _Run:
         allocation = json.loads((self.folder / "allocation.json").read_text())
         written = {**summary, "metrics": without_nan(summary["metrics"])}
         origin = origin_of(self.config, self.parts.task, written, allocation)
-        summary["export"] = hand_over(
-            module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
-        )
+        with torch.compiler.set_stance("force_eager"):  # one forward is not worth a compilation
+            summary["export"] = hand_over(
+                module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
+            )
         write_json(self.folder / "summary.json", {**written, "export": summary["export"]})
 
     def _join_metrics(self) -> None:
