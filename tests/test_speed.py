@@ -555,7 +555,8 @@ def measured(**changed):
     return one | changed
 
 
-def test_rows_of_whole_runs_pair_seeds():
+def test_rows_of_whole_runs_pair_seeds(monkeypatch):
+    monkeypatch.setattr(end_to_end, "OURS", {"ours": ()})
     mine = [measured(seconds=s, validation_accuracy=a) for s, a in ((6.0, 0.80), (9.0, 0.82), (7.0, 0.81))]
     theirs = [measured(seconds=s, validation_accuracy=a) for s, a in ((10.0, 0.81), (10.0, 0.81), (10.0, 0.80))]
     rows = end_to_end.rows_of({"ours": mine, **dict.fromkeys(end_to_end.PEERS, theirs)})
