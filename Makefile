@@ -34,7 +34,7 @@ allocation-table: $(VENV)/installed
 proxy-scores: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.allocation_table.judge $(ARGS)
 
-# Speed and memory beside PEFT (a quarter of an hour on a quiet machine); it may be stopped and goes on case by case.
+# Speed and memory beside PEFT (half an hour on a quiet machine); it may be stopped and goes on case by case.
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 	$(BIN)/python -m benchmarks.speed --write docs/performance.md

@@ -97,6 +97,8 @@ def kept_step_times(
     described = description(model, batch)
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
     path = cache.expanduser() / "step_times" / f"{digest}.json"
+    if path.is_dir():
+        raise SettingError("data.cache_dir", cache, f"step times cannot be kept there ({path} is a folder)")
     if (found := _kept(path, described)) is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +117,13 @@ def _kept(path: Path, described: Mapping[str, Any]) -> StepTimes | None:
         return None
     try:
         content = read_json(path, "data.cache_dir")
-        if content.get("of") == described:
+        if content.get("of") != described:
+            reason = "it is of something else than its name says"
+        elif content["sha256"] != _digest(content["times"]):
+            reason = "its numbers were changed"
+        else:
             return times_from(content["times"])
-        reason = "it is of something else than its name says"
-    except (SettingError, KeyError, ValueError) as error:
+    except (SettingError, KeyError, ValueError, RecursionError) as error:
         reason = str(error)
     _log.warning("kept step times in %s are damaged (%s); measuring anew", path, reason)
     path.unlink(missing_ok=True)
@@ -129,7 +134,8 @@ def _keep(path: Path, described: Mapping[str, Any], times: StepTimes) -> StepTim
     """Write the file whole, unless another process was faster: then its times are everybody's."""
     scratch = path.with_name(f".{path.stem}-{os.getpid()}.json")
     try:
-        write_json(scratch, {"of": described, "times": times.as_dict()})
+        values = json.loads(json.dumps(times.as_dict()))  # as they will be read
+        write_json(scratch, {"of": described, "times": values, "sha256": _digest(values)})
         os.link(scratch, path)
     except FileExistsError:
         return _kept(path, described) or times

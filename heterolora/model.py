@@ -48,7 +48,7 @@ class _Run:
         self.taps: dict[Tap, torch.Tensor] = {}
         self.shifts: dict[Junction, torch.Tensor] = {}
         self.calls: dict[HookPoint, int] = {}
-        self.narrow: dict[tuple[str, ...], tuple[torch.Tensor, dict[str, torch.Tensor]]] = {}
+        self.narrow: dict[tuple[str, ...], tuple[torch.Tensor, dict[str, torch.Tensor], int]] = {}
 
     def count(self, point: HookPoint) -> int:
         """How often this was asked before."""
@@ -110,18 +110,18 @@ class _Hook:
         index = self.point.index
         own_input = args[0] if args else None
         if index is None:
-            return self._value(output, own_input)
+            return self._value(output, own_input, _alone(module))
         if isinstance(output, torch.Tensor):
             raise RuntimeError(f"{self.point.module} gives a tensor and no tuple; its layout is wrong")
         value = self._value(output[index], own_input)
         return (*output[:index], value, *output[index + 1 :]) if self.writes else None
 
-    def _value(self, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor:
+    def _value(self, value: torch.Tensor, own_input: torch.Tensor | None, alone: bool = False) -> torch.Tensor:
         run = self.model._run
         call = run.count(self.point) if self.counts else None
         for point, join in self.writes:
             if point.call in (None, call):
-                value = self.model._join(join, point, value, own_input)
+                value = self.model._join(join, point, value, own_input, alone)
         for point, tap in self.reads:
             if point.call in (None, call):
                 run.taps[tap] = value
@@ -431,9 +431,12 @@ class AdaptedModel(nn.Module):
                 self._handles.append(module.register_forward_pre_hook(hook.before))
             else:  # before transformers' own capturing hooks, whenever those came
                 self._handles.append(module.register_forward_hook(hook.after, prepend=True))
-        for stream in dict.fromkeys(site.source.stream for site in live if isinstance(site.source, Tap)):
+        tapped = {site.source.stream for site in live if isinstance(site.source, Tap)}
+        shared = {site.stream for site in live if site.name in self._sharing}  # parts that nobody fetched must go, too
+        for stream in [stream for stream in survey.stacks if stream in tapped | shared]:
             parent = self.backbone.get_submodule(survey.stacks[stream].root)
-            self._handles.append(parent.register_forward_pre_hook(self._begin))
+            if stream in tapped:
+                self._handles.append(parent.register_forward_pre_hook(self._begin))
             self._handles.append(parent.register_forward_hook(self._end))
 
     def _junction(self, site: Site) -> Junction:
@@ -464,11 +467,13 @@ class AdaptedModel(nn.Module):
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._run = _Run()  # autograd and checkpointing keep what they need; nothing else should
 
-    def _join(self, join: _Join, point: HookPoint, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor:
+    def _join(
+        self, join: _Join, point: HookPoint, value: torch.Tensor, own_input: torch.Tensor | None, alone: bool
+    ) -> torch.Tensor:
         points = join.junction.points
         if point != points[0]:
             return value + self._run.shifts.pop(join.junction).reshape(value.shape)
-        if join.plain and (joined := self._added(join, value, own_input)) is not None:
+        if join.plain and (joined := self._added(join, value, own_input, alone)) is not None:
             return joined
         delta: torch.Tensor | None = None
         for site in join.sites:
@@ -490,7 +495,9 @@ class AdaptedModel(nn.Module):
             self._run.shifts[join.junction] = shift
         return joined
 
-    def _added(self, join: _Join, value: torch.Tensor, own_input: torch.Tensor | None) -> torch.Tensor | None:
+    def _added(
+        self, join: _Join, value: torch.Tensor, own_input: torch.Tensor | None, alone: bool
+    ) -> torch.Tensor | None:
         """The value with all deltas, each added as one product; None where they must be computed apart.
 
         Without gradients they are: then the bits are those that PEFT computes from an export.
@@ -505,7 +512,7 @@ class AdaptedModel(nn.Module):
                 return None
         for site, source in sources.items():
             adapter = cast(TwoPartAdapter, self.adapter(site.name))
-            value = adapter.add(value, self._narrow(site, source), join.free)
+            value = adapter.add(value, self._narrow(site, source), join.free and alone)
         return value
 
     def _narrow(self, site: Site, source: torch.Tensor) -> torch.Tensor:
@@ -516,13 +523,13 @@ class AdaptedModel(nn.Module):
         """
         names = self._sharing.get(site.name, (site.name,))
         held = self._run.narrow.get(names)
-        if held is None or held[0] is not source or site.name not in held[1]:
+        if held is None or held[0] is not source or held[2] != source._version or site.name not in held[1]:
             downs = {name: down for name in names if (down := _down(self.adapter(name))) is not None}
             if len(downs) == 1:
                 return functional.linear(source, downs[site.name])
             product = functional.linear(source, torch.cat(list(downs.values())))
             parts = torch.split(product, [len(down) for down in downs.values()], dim=-1)
-            held = self._run.narrow[names] = source, dict(zip(downs, parts, strict=True))
+            held = self._run.narrow[names] = source, dict(zip(downs, parts, strict=True)), source._version
         part = held[1].pop(site.name)
         if not held[1]:
             del self._run.narrow[names]
@@ -589,6 +596,12 @@ def _down(adapter: nn.Module) -> torch.Tensor | None:
     """``TwoPartAdapter.down`` of an adapter that has it."""
     down: torch.Tensor | None = getattr(adapter, "down", None)
     return down
+
+
+def _alone(module: nn.Module) -> bool:
+    """Whether our hook alone sees what a module's own forward gives: no other hook may have kept or replaced it."""
+    others = len(module._forward_hooks) > 1 or nn.modules.module._global_forward_hooks
+    return not others and "forward" not in module.__dict__
 
 
 def _key(name: str) -> str:

@@ -15,11 +15,19 @@ def frozen_blocks(model: AdaptedModel) -> int:
 
     0 where the first blocks are not all that comes first: with two streams, and with blocks that share their weights.
     """
-    blocks = _blocks(model)
-    if not blocks or len(set(blocks)) < len(blocks):
+    if no_prefix(model) is not None:
         return 0
+    blocks = _blocks(model)
     entries = [site.entry for site in model.space.sites if model.active_adapter(site.name) is not None]
     return min(entries, default=len(blocks))
+
+
+def no_prefix(model: AdaptedModel) -> str | None:
+    """Why the backbone can have no prefix, whatever is active; None: it can."""
+    blocks = _blocks(model)
+    if not blocks:
+        return "of two streams, neither comes first"
+    return "its blocks share their weights" if len(set(blocks)) < len(blocks) else None
 
 
 class Prefix:

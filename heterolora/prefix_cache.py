@@ -14,7 +14,7 @@ import torch
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
-from heterolora.prefix import Prefix, frozen_blocks
+from heterolora.prefix import Prefix, frozen_blocks, no_prefix
 
 _log = logging.getLogger(__name__)
 
@@ -43,18 +43,22 @@ class PrefixSettings:
     def __post_init__(self) -> None:
         if not 0 < self.limit_mib < math.inf:
             raise SettingError("limit_mib", self.limit_mib, "a number above 0")
-        if self.folder is not None and not Path(self.folder).expanduser().is_dir():
-            raise SettingError("folder", self.folder, "no such folder; null: the system's for temporary files")
+        if self.folder is not None and not os.access(Path(self.folder).expanduser(), os.W_OK | os.X_OK):
+            raise SettingError("folder", self.folder, "no folder to write to; null: the system's for temporary files")
 
-    def check(self, config: Any) -> None:
+    def check(self, model: AdaptedModel) -> None:
         """Refuse what cannot be right with this backbone.
 
         Args:
-            config: the backbone's.
+            model: the adapted model.
 
         Raises:
-            SettingError: if outputs shall be kept that dropout changes every time.
+            SettingError: if it can have no prefix, or outputs shall be kept that dropout changes every time.
         """
+        config: Any = model.backbone.config
+        if (self.cache or not self.dropout) and (reason := no_prefix(model)) is not None:
+            given = ("prefix.cache", True) if self.cache else ("prefix.dropout", False)
+            raise SettingError(*given, f"{type(model.backbone).__name__} has no frozen prefix: {reason}")
         if self.cache and self.dropout and (key := _dropout_of(config)) is not None:
             raise SettingError(
                 "prefix.cache",
@@ -67,7 +71,7 @@ class PrefixSettings:
 def _dropout_of(config: Any) -> str | None:
     """A setting of the backbone by which its blocks drop something."""
     for key, value in config.to_dict().items():
-        named = ("dropout" in key or "pdrop" in key) and not any(word in key for word in ("classifier", "summary"))
+        named = "drop" in key and not any(word in key for word in ("classifier", "summary"))
         if named and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             return str(key)
     return None

@@ -238,6 +238,7 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
 
 def _times(parts: Parts, asked: Questions, model: AdaptedModel, task: Task, data: TextData) -> StepTimes | None:
     """What a step takes, if a budget limits it; what no allocation can keep to is refused."""
+    parts.prefix.check(model)
     if all(budget.step_time is None for budget in asked.budgets.values()):
         return None
     device = next(model.backbone.parameters()).device

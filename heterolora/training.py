@@ -133,10 +133,11 @@ class _Run:
         rehearse(parts.allocator, budget, space, parts.adapter)
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
-        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, self._prefix(data, backbone))
-        parts.trainer.compile_model(model)
+        prefix = self._prefix(data, model, backbone)
+        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, prefix)
         if parts.dry:
             return self._plan(module, data, splits)
+        parts.trainer.compile_model(model)
         callbacks = list(parts.callbacks)
         if self.resume is None:  # a resumed run has its ranks from the checkpoint
             callbacks.append(
@@ -162,10 +163,12 @@ class _Run:
         parts.logger.close({f"{s}/{n}": v for s, values in metrics.items() for n, v in values.items()})
         return summary
 
-    def _prefix(self, data: TextData, backbone: Backbone) -> FrozenPrefix | None:
+    def _prefix(self, data: TextData, model: AdaptedModel, backbone: Backbone) -> FrozenPrefix | None:
         """What starts forwards above the frozen blocks; None where they run as always."""
         settings = self.parts.prefix
-        settings.check(backbone.model.config)
+        if self.parts.trainer.compile and backbone.gradient_checkpointing:
+            raise SettingError("trainer.compile", True, "not with model.gradient_checkpointing, which it cannot read")
+        settings.check(model)
         if not settings.cache and settings.dropout:
             return None
         if self.parts.trainer.compile:

@@ -156,3 +156,65 @@ def test_below_the_lowest_active_site_nothing_is_differentiated(architecture):
     assert not any(
         hook for module in model.backbone.modules() for hook in module._forward_hooks.values() if "_Hook" in str(hook)
     )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own forward derivatives use it
+def test_transforms_of_torch_func_and_forward_derivatives_still_work():
+    adapter, x = low_rank(), torch.randn(4, 3, 4).double()
+    factors = dict(adapter.named_parameters())
+
+    def total(given, row):
+        return torch.func.functional_call(adapter, given, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(total), in_dims=(None, 0))(factors, x)
+    for row in range(len(x)):
+        expected = torch.autograd.grad(total(factors, x[row]), list(factors.values()))
+        for name, slope in zip(factors, expected, strict=True):
+            torch.testing.assert_close(each[name][row], slope)
+    direction = torch.randn_like(x)
+    found = torch.func.jvp(adapter, (x,), (direction,))[1]  # the map is linear
+    torch.testing.assert_close(found, adapter(direction))
+    model, batch = everywhere("llama")
+    names = dict(model.adapters.named_parameters())
+    slopes = torch.func.grad(
+        lambda given: torch.func.functional_call(model, {f"adapters.{k}": v for k, v in given.items()}, (), {
+            key: value for key, value in batch.items() if key != "labels"
+        }).logits.square().sum()
+    )(names)  # fmt: skip
+    expected = torch.autograd.grad(logits(model, batch).square().sum(), list(names.values()))
+    for name, slope in zip(names, expected, strict=True):
+        torch.testing.assert_close(slopes[name], slope)
+
+
+@pytest.mark.parametrize("way", ["hook", "forward"])
+def test_what_somebody_else_sees_is_not_overwritten(way):
+    """Activation patching: a hook, or another forward, gives or keeps a tensor of its own."""
+    model, batch = placed([{"kind": "lora", "role": ["q", "v"]}])
+    query = model.backbone.bert.encoder.layer[2].attention.self.query
+    shape = (*batch["input_ids"].shape, 32)
+    patch = torch.randn(shape, dtype=torch.float64)
+    kept = patch.clone()
+    if way == "hook":
+        query.register_forward_hook(lambda module, args, output: patch, prepend=True)
+    else:
+        query.forward = lambda x: patch
+    first, second = logits(model, batch), logits(model, batch)
+    assert torch.equal(patch, kept)
+    assert torch.equal(first, second)
+
+
+def test_nothing_stays_of_a_part_that_nobody_fetched():
+    model = adapt(make_backbone("deberta_v2").train(), include=["lora"])
+    model.enable(ranks_everywhere(model, 2), seed=0)
+    logits(model, make_batch(model.backbone))
+    assert not model._run.narrow
+
+
+def test_a_shared_input_that_changed_is_read_again():
+    model, _ = placed([{"kind": "lora", "role": ["q", "k", "v"]}], layers=[1])
+    attention = model.backbone.bert.encoder.layer[1].attention.self
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    attention.query(x)
+    x.mul_(2)
+    layer = attention.value
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias + model.adapter("1.v")(x))

@@ -164,7 +164,20 @@ def test_what_is_kept_is_used_and_belongs_to_one_model_and_one_shape_of_batch(tm
     assert len(list((tmp_path / "step_times").iterdir())) == 5
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"of": 1, "times": 2}', "values", "other"])
+def test_a_folder_in_the_files_place_is_refused(tmp_path):
+    model = adapt(make_backbone("bert"))
+    batch = make_batch(model.backbone)
+    kept_step_times(model, loss, batch, tmp_path)
+    (path,) = (tmp_path / "step_times").iterdir()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SettingError, match=r"data\.cache_dir=.*is a folder"):
+        kept_step_times(model, loss, batch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["", "{}", '{"of": 1, "times": 2}', "[" * 100_000, "values", "flag", "block", "other"]
+)
 def test_a_damaged_file_is_replaced_with_a_warning(damage, tmp_path, caplog):
     model = adapt(make_backbone("bert"))
     batch = make_batch(model.backbone)
@@ -173,9 +186,14 @@ def test_a_damaged_file_is_replaced_with_a_warning(damage, tmp_path, caplog):
     content = json.loads(path.read_text())
     if damage == "values":
         content["times"]["constant"] = -1
+    elif damage == "flag":
+        content["times"]["constant"] = True
+    elif damage == "block":
+        for seconds in content["times"]["forward"].values():
+            seconds.pop()
     elif damage == "other":
         content["of"]["threads"] = 77
-    path.write_text(json.dumps(content) if damage in ("values", "other") else damage)
+    path.write_text(json.dumps(content) if damage in ("values", "flag", "block", "other") else damage)
     again = kept_step_times(model, loss, batch, tmp_path)
     assert "damaged" in caplog.text
     assert json.loads(path.read_text())["times"] == json.loads(json.dumps(again.as_dict()))

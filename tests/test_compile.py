@@ -38,6 +38,11 @@ def test_a_compiled_model_and_a_frozen_prefix_exclude_each_other(tmp_path):
         run_job(tmp_path / "run", *COMPILED, "prefix.cache=true", "prefix.dropout=false")
 
 
+def test_a_compiled_model_and_recomputed_activations_exclude_each_other(tmp_path):
+    with pytest.raises(RunFailed, match=r"trainer\.compile=True: not with model\.gradient_checkpointing"):
+        run_job(tmp_path / "run", *COMPILED, "model.gradient_checkpointing=true")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
 def test_a_compiled_run_agrees_with_an_eager_one_and_goes_on_from_its_checkpoint(tmp_path):

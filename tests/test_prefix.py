@@ -80,6 +80,15 @@ def test_no_prefix_where_blocks_are_shared_or_streams_are_two(architecture):
     assert frozen_blocks(model) == 0
 
 
+@pytest.mark.parametrize("architecture", sorted(SEVERAL))
+@pytest.mark.parametrize(("cache", "dropout"), [(True, True), (True, False), (False, False)])
+def test_what_a_backbone_cannot_do_is_refused(architecture, cache, dropout):
+    model, _ = from_block(architecture, 2)
+    with pytest.raises(SettingError, match=r"prefix\.(cache=True|dropout=False): .* has no frozen prefix"):
+        PrefixSettings(cache, dropout, 1, None, None).check(model)
+    PrefixSettings(False, True, 1, None, None).check(model)
+
+
 def test_without_adapters_all_blocks_are_frozen_and_the_lowest_source_counts():
     model, _ = from_block("llama", 9)
     assert frozen_blocks(model) == depths(model) == 3
@@ -154,7 +163,7 @@ def test_half_a_store_rounds_the_first_use_too(dtype):
     [
         ((True, True, 0, None, None), r"limit_mib=0"),
         ((True, True, float("nan"), None, None), "limit_mib=nan"),
-        ((True, True, 1, None, "/no/such"), "folder=/no/such: no such folder"),
+        ((True, True, 1, None, "/no/such"), "folder=/no/such: no folder to write to"),
     ],
 )
 def test_settings_that_cannot_be(values, text):

@@ -68,6 +68,8 @@ def _write(document: Path, out: Path) -> None:
 
 
 def _measure(given: argparse.Namespace, out: Path) -> int:
+    if out.exists() and not out.is_dir():
+        raise SettingError("--out", out, "a folder for results")
     chosen = given.cases or [name for name, case in CASES.items() if not case.hours]
     if unknown := sorted(set(chosen) - CASES.keys()):
         raise SettingError("case", unknown, f"possible: {list(CASES)}")

@@ -43,18 +43,25 @@ class LowRank(nn.Module):
         if self.dropout and self.training:
             x = functional.dropout(x, self.dropout)
         narrow = functional.linear(x, self.A)
-        if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        if torch.is_autocast_enabled(x.device.type) or not _plain():
             return functional.linear(narrow * self.scale, self.B)
         return _widened(None, narrow, self.B, self.scale)
 
     @property
     def down(self) -> torch.Tensor | None:
-        """``A``, unless dropout comes first."""
-        return None if self.dropout and self.training else self.A
+        """``A``, unless dropout comes first, or a derivative is not taken by a plain backward pass."""
+        return None if (self.dropout and self.training) or not _plain() else self.A
 
     def add(self, value: torch.Tensor, narrow: torch.Tensor, in_place: bool) -> torch.Tensor:
         """``value + scale * narrow B^T`` as one product."""
         return _widened(value if in_place else value.clone(), narrow, self.B, self.scale)
+
+
+def _plain() -> bool:
+    """Whether a backward pass is all that may come: no compilation, transform of torch.func or forward derivative."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return torch.is_grad_enabled() and torch.autograd.forward_ad._current_level < 0
 
 
 def _widened(value: torch.Tensor | None, narrow: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:  # noqa: N803
