@@ -595,7 +595,7 @@ def test_the_peer_reads_the_rows_that_ours_does(data_root, bench):
 def test_whole_runs_are_made_once_and_then_read(data_root, bench, monkeypatch):
     asking = replace(bench, data_root=str(data_root))
     found = end_to_end.end_to_end(asking)
-    assert len(found.rows) == 4 * len(end_to_end.PEERS)
+    assert len(found.rows) == 4 * len(end_to_end.OURS) * len(end_to_end.PEERS)
     monkeypatch.setattr(end_to_end, "python", None)  # no further process
     assert end_to_end.end_to_end(asking).rows == found.rows
 
