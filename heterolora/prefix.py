@@ -63,7 +63,7 @@ class Prefix:
             return output
 
         with ExitStack() as exits:
-            exits.enter_context(_evaluating(self.model.backbone))
+            exits.enter_context(evaluating(self.model.backbone))
             exits.enter_context(self.model.paused())  # what is active comes later, at blocks that do not run
             exits.enter_context(_instead(last, keep))
             for module in modules[self.blocks :]:
@@ -110,7 +110,8 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module is in its own mode afterwards."""
     training = [each for each in module.modules() if each.training]
     for each in training:
         each.training = False

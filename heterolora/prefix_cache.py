@@ -14,7 +14,8 @@ import torch
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
-from heterolora.prefix import Prefix, frozen_blocks, no_prefix
+from heterolora.prefix import Prefix, evaluating, frozen_blocks, no_prefix
+from heterolora.tasks.base import model_inputs
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class FrozenPrefix:
 
     def _hidden(self, prefix: Prefix, batch: Batch, split: str) -> torch.Tensor:
         """What the prefix gives for the batch, as much of it as possible from what was kept."""
-        inputs = _inputs(batch)
+        inputs = model_inputs(batch)
         if not self.settings.cache or split not in self.lengths:
             return _computed(prefix, inputs)
         rows = [at * self.alternatives + place for at in batch["index"].tolist() for place in range(self.alternatives)]
@@ -176,15 +177,12 @@ class FrozenPrefix:
     def _check(self, prefix: Prefix, batch: Batch) -> None:
         """Entering above the prefix must give the logits of the whole model, to the bit; once for each prefix."""
         self._checked = True
-        model, inputs = prefix.model, _inputs(batch)
-        hidden, training = _computed(prefix, inputs), model.training
-        model.eval()
-        try:
+        model, inputs = prefix.model, model_inputs(batch)
+        hidden = _computed(prefix, inputs)
+        with evaluating(model):
             expected = model(**inputs).logits
             with prefix.entered(hidden):
                 found = model(**inputs).logits
-        finally:
-            model.train(training)
         if not torch.equal(found, expected):
             raise SettingError(
                 "prefix",
@@ -212,10 +210,6 @@ class FrozenPrefix:
                 prefix.blocks,
                 self.difference,
             )
-
-
-def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in batch.items() if key not in ("labels", "index")}
 
 
 def _computed(prefix: Prefix, inputs: Batch) -> torch.Tensor:
@@ -284,15 +278,16 @@ def _mapped(numbers: int, dtype: torch.dtype, folder: str | None) -> torch.Tenso
         return torch.empty(0, dtype=dtype)
     place = tempfile.gettempdir() if folder is None else str(Path(folder).expanduser())
     needed = numbers * dtype.itemsize
-    descriptor, name = tempfile.mkstemp(prefix="heterolora-", dir=place)
     try:
-        os.posix_fallocate(descriptor, 0, needed)  # a file that finds no room later would end the process
-        return torch.from_file(name, shared=True, size=numbers, dtype=dtype)
+        descriptor, name = tempfile.mkstemp(prefix="heterolora-", dir=place)
+        try:
+            os.posix_fallocate(descriptor, 0, needed)  # a file that finds no room later would end the process
+            return torch.from_file(name, shared=True, size=numbers, dtype=dtype)
+        finally:
+            os.close(descriptor)
+            os.unlink(name)
     except OSError as error:
         room = (
             f"{needed / 2**20:.0f} MiB find no room there ({error.strerror}); name another, or lower prefix.limit_mib"
         )
         raise SettingError("prefix.folder", place, room) from error
-    finally:
-        os.close(descriptor)
-        os.unlink(name)

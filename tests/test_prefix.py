@@ -176,6 +176,12 @@ def test_no_room_is_said_in_one_line(tmp_path):
         store([2**42], limit=2**40, folder=str(tmp_path))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder that takes no file, whoever asks")
+def test_a_folder_that_takes_no_file_is_one_line():
+    with pytest.raises(SettingError, match=r"prefix\.folder=/proc: "):
+        store([2], folder="/proc")
+
+
 JOB = ("search_space.layers=[1]", "allocator=uniform", "budget=qv_r2", "search_space=lora_qv", "trainer.max_epochs=3")
 JOB += ("model.dropout=0",)
 

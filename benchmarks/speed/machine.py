@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from heterolora.calibration import cpu_model
 from heterolora.farm import code_version
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +36,6 @@ def facts() -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-
-
-def cpu_model() -> str:
-    """Name of the processor, as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def memory_gib() -> float | None:

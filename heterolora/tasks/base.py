@@ -127,9 +127,13 @@ def check_task(
 
 def model_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """``[inputs, outputs]``; the model sees neither labels nor rows, or it would choose a loss of its own."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "index")}
-    logits: torch.Tensor = model(**inputs).logits
+    logits: torch.Tensor = model(**model_inputs(batch)).logits
     return logits
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch is the model's."""
+    return {key: value for key, value in batch.items() if key not in ("labels", "index")}
 
 
 def precise(logits: torch.Tensor) -> torch.Tensor:
