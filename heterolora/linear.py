@@ -1,7 +1,11 @@
 """Linear layers of any make: their widths and their frozen weight."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:
@@ -23,6 +27,31 @@ def output_is_free(module: nn.Module) -> bool:
     Known for ``nn.Linear`` and ``Conv1D`` themselves; a layer of another make, or a parametrised one, may need it.
     """
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def shared_product(source: torch.Tensor, weights: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """``source W^T`` for several weights ``[narrow, in]``, as one product; one part ``[..., narrow]`` for each."""
+    product: torch.Tensor = _SharedProduct.apply(source, *weights)  # type: ignore[no-untyped-call]
+    return torch.split(product, [len(weight) for weight in weights], dim=-1)
+
+
+class _SharedProduct(torch.autograd.Function):
+    """``source [W1; W2; ...]^T``; the weights are joined again for the backward pass rather than kept joined."""
+
+    @staticmethod
+    def forward(ctx: Any, source: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(source, *weights)
+        return functional.linear(source, torch.cat(weights))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, (source, *weights) = gradients[0], ctx.saved_tensors
+        # Of plain operations, so that grasp can differentiate again.
+        for_source = gradient.matmul(torch.cat(weights)) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:]):
+            return for_source, *(None for _ in weights)
+        joined = gradient.flatten(0, -2).t().mm(source.flatten(0, -2))
+        return for_source, *torch.split(joined, [len(weight) for weight in weights])
 
 
 @torch.no_grad()

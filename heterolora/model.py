@@ -18,7 +18,7 @@ from torch.nn import functional
 from heterolora.adapters.base import AdapterFamily, TwoPartAdapter
 from heterolora.errors import SettingError
 from heterolora.layouts import HookPoint, Junction
-from heterolora.linear import frozen_weight, output_is_free
+from heterolora.linear import frozen_weight, output_is_free, shared_product
 from heterolora.sites import Port, Site, Tap
 from heterolora.space import Space
 
@@ -527,8 +527,7 @@ class AdaptedModel(nn.Module):
             downs = {name: down for name in names if (down := _down(self.adapter(name))) is not None}
             if len(downs) == 1:
                 return functional.linear(source, downs[site.name])
-            product = functional.linear(source, torch.cat(list(downs.values())))
-            parts = torch.split(product, [len(down) for down in downs.values()], dim=-1)
+            parts = shared_product(source, list(downs.values()))
             held = self._run.narrow[names] = source, dict(zip(downs, parts, strict=True)), source._version
         part = held[1].pop(site.name)
         if not held[1]:
