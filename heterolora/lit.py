@@ -19,6 +19,10 @@ from heterolora.seeds import derive
 from heterolora.tasks.base import Task
 
 
+LOG_EVERY = 10
+"""Optimizer steps between two points of the curve of training."""
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW, with its own rate for the task's head.
@@ -105,6 +109,8 @@ class LitAdapted(L.LightningModule):
         self.validated_step: int | None = None
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, torch.Tensor] = {}
+        self._epoch_loss = torch.zeros((), dtype=torch.float64)  # sum over the epoch's examples so far
+        self._epoch_rows = 0
 
     def scalar_loss(self, model: AdaptedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The task's loss of a model on a batch."""
@@ -114,7 +120,13 @@ class LitAdapted(L.LightningModule):
         """The loss."""
         with self._entered(batch, "train"):
             loss = self.scalar_loss(self.model, batch)
-        self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=len(batch["labels"]))
+        rows = len(batch["labels"])
+        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=rows)
+        steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
+        if steps and (self.trainer.global_step + 1) % LOG_EVERY == 0:
+            self._note("train/loss_step", loss, self.trainer.global_step)
+        self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach().double() * rows
+        self._epoch_rows += rows
         return loss
 
     def _entered(self, batch: Mapping[str, torch.Tensor], split: str) -> AbstractContextManager[None]:
@@ -132,16 +144,24 @@ class LitAdapted(L.LightningModule):
         torch.manual_seed(derive(self.seed, "dropout", self.trainer.current_epoch, batch_idx))
 
     def on_train_epoch_end(self) -> None:
-        """Stop a run that has diverged.
+        """Log the epoch's mean loss, which a resume within the epoch must not change; stop a run that has diverged.
 
         Raises:
-            FloatingPointError: if the epoch's loss is not finite.
+            FloatingPointError: if it is not finite.
         """
-        loss = self.trainer.callback_metrics["train/loss_epoch"]
+        loss = (self._epoch_loss / self._epoch_rows).float()
+        self._epoch_loss, self._epoch_rows = torch.zeros((), dtype=torch.float64), 0
+        self.log("train/loss_epoch", loss, logger=False)
+        self._note("train/loss_epoch", loss, self.trainer.global_step - 1)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss.item()} after epoch {self.trainer.current_epoch + 1}; lower optimizer.lr"
             )
+
+    def _note(self, name: str, value: torch.Tensor, step: int) -> None:
+        """A point of a curve, at once: Lightning would write it only after the checkpoint of this step or epoch."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: value.item(), "epoch": self.trainer.current_epoch}, step)
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
         """Feed the metrics and keep the predictions."""
@@ -235,6 +255,7 @@ class LitAdapted(L.LightningModule):
         """Ranks travel with the weights, and what identifies the run they belong to."""
         checkpoint["ranks"] = {name: rank for name, rank in self.model.ranks.items() if rank}
         checkpoint["identity"] = self.identity
+        checkpoint["epoch_loss"] = {"sum": self._epoch_loss, "rows": self._epoch_rows}
         checkpoint["seconds"] = {"search": self.search_seconds, "training": self.training_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -247,6 +268,7 @@ class LitAdapted(L.LightningModule):
             if checkpoint["identity"].get(what) != expected:
                 raise SettingError("resume", "this checkpoint", f"it was made with other {what} than there are now")
         self.model.enable(checkpoint["ranks"], self.seed)
+        self._epoch_loss, self._epoch_rows = checkpoint["epoch_loss"]["sum"], checkpoint["epoch_loss"]["rows"]
         self.search_seconds = checkpoint["seconds"]["search"]
         self._seconds_before = checkpoint["seconds"]["training"]
 

@@ -1,12 +1,9 @@
 """From a composed config to a finished run: the only file that knows Hydra."""
 
 import errno
-import json
 import logging
 import math
-import os
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -30,11 +27,12 @@ from heterolora.parts import NODES, Parts, config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
+from heterolora.resume import STATUS, find_resume, mark_continued, this_process
 from heterolora.searching import Questions, run_search
 from heterolora.shipped import config_folder, option
 from heterolora.tables import TableSettings, table_of
 from heterolora.tournament import Compose, Tournament, forecast, run_tournament
-from heterolora.training import Resume, run_training
+from heterolora.training import run_training
 
 _log = logging.getLogger(__name__)
 
@@ -68,16 +66,16 @@ def train(cfg: DictConfig) -> float:
         parts = make_parts(config, choices)
         status["config_hash"] = config_hash(config)
         status["overrides"] = list(hydra.overrides.task)
-        write_json(folder / "status.json", status)
+        write_json(folder / STATUS, status)
         resume = None if parts.dry else find_resume(config, folder)
         if resume is not None:
             status["resumed_from"] = str(resume.run)
-            write_json(folder / "status.json", status)
+            write_json(folder / STATUS, status)
         summary = run_training(parts, config, folder, resume)
         if parts.dry:
             status["state"] = "planned"
         if resume is not None:
-            _mark_continued(resume.run, folder)
+            mark_continued(resume.run, folder)
     if parts.dry:
         return math.nan
     first = parts.task.metrics[0]
@@ -111,7 +109,7 @@ def search(cfg: DictConfig) -> None:
                 raise SettingError(key, config[key], f"is for train.py; a search has {str(only).lower()} there")
         parts = make_parts(config, choices)
         status["overrides"] = overrides
-        write_json(folder / "status.json", status)
+        write_json(folder / STATUS, status)
         run_search(parts, config, folder, _questions(parts, config, overrides))
 
 
@@ -269,86 +267,6 @@ def own_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
     return {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
 
 
-def find_resume(config: Mapping[str, Any], folder: Path) -> Resume | None:
-    """The run to go on with, if the config asks for one.
-
-    Raises:
-        SettingError: if the given run has no checkpoint, or had another config.
-    """
-    asked = config["resume"]
-    if asked is False:
-        return None
-    wanted = config_hash(config)
-    if asked is True:
-        found = [path.parent for path in Path(config["outputs"]).glob("**/status.json") if _can_resume(path, wanted)]
-        found = [run for run in found if run.resolve() != folder.resolve()]
-        if not found:
-            _log.info("resume=true: no unfinished run with this config has a checkpoint; starting anew")
-            return None
-        run = max(found, key=lambda path: newest_checkpoint(path).stat().st_mtime)  # type: ignore[union-attr]
-    elif isinstance(asked, str):
-        run = Path(asked)
-        if newest_checkpoint(run) is None or not (run / "status.json").is_file():
-            raise SettingError("resume", asked, "no checkpoint there; give the folder of a run, or true, or false")
-        status = json.loads((run / "status.json").read_text())
-        if (given := status.get("config_hash")) != wanted:
-            raise SettingError("resume", asked, f"that run had another config (hash {given}, this one's is {wanted})")
-        if status["state"] in ("finished", "continued") or _is_running(status):
-            raise SettingError("resume", asked, f"that run is {status['state']}")
-    else:
-        raise SettingError("resume", asked, "true, false or the folder of a run")
-    checkpoint = newest_checkpoint(run)
-    assert checkpoint is not None
-    _log.info("resuming %s", checkpoint)
-    return Resume(run, checkpoint)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """The last checkpoint that a run wrote."""
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
-
-
-def _can_resume(status_file: Path, wanted: str) -> bool:
-    try:
-        status = json.loads(status_file.read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    if status.get("config_hash") != wanted or status.get("state") in ("finished", "continued"):
-        return False
-    return not _is_running(status) and newest_checkpoint(status_file.parent) is not None
-
-
-def _is_running(status: Mapping[str, Any]) -> bool:
-    """Whether another process of this machine is at it; this process runs one job at a time."""
-    here = status.get("state") == "running" and status.get("host") == socket.gethostname()
-    return here and status["pid"] != os.getpid() and _alive(status["pid"])
-
-
-def _mark_continued(run: Path, by: Path) -> None:
-    """The broken-off run, and those that it went on with, are done with: another folder holds their result."""
-    earlier: str | None = str(run)
-    while earlier is not None:
-        path = Path(earlier) / "status.json"
-        try:
-            status = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            _log.warning("%s cannot be marked as continued: it was moved, or is damaged", path)
-            return
-        write_json(path, status | {"state": "continued", "continued_in": str(by)})
-        earlier = status.get("resumed_from")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 @contextmanager
 def _status(folder: Path) -> Iterator[dict[str, Any]]:
     """Keep ``status.json`` true: running, finished (or planned, after a dry run), failed or interrupted.
@@ -357,22 +275,21 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
     """
     status: dict[str, Any] = {
         "state": "running",
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
+        **this_process(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     try:
-        (folder / "status.json").touch(exist_ok=False)
+        (folder / STATUS).touch(exist_ok=False)
     except FileExistsError as error:
         raise RunFailed(f"hydra.run.dir={folder}: holds another run; give a new folder") from error
-    write_json(folder / "status.json", status)
+    write_json(folder / STATUS, status)
 
     def end(state: str, **more: Any) -> None:
         status.update(state=state, ended=time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more)
         try:
-            write_json(folder / "status.json", status)
+            write_json(folder / STATUS, status)
         except OSError as error:  # the disk that ended the job may be full for its status, too
-            _log.error("%s: %s", folder / "status.json", error)
+            _log.error("%s: %s", folder / STATUS, error)
 
     try:
         with _terminable():

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from heterolora.checkpoints import KeepCheckpoints, WholeFiles
 from heterolora.errors import SettingError
+from heterolora.lit import LOG_EVERY
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class TrainerSettings:
         compile: run the adapted model through torch.compile in training and evaluation (a search is not worth it); the
             first batches of each take a minute or two. Results agree with those of false, but not to the last bit;
             the backbone's dropout draws other numbers.
+        checkpoint_every: optimizer steps between checkpoints within an epoch; null: at the ends of epochs alone.
     """
 
     max_epochs: int
@@ -47,12 +50,15 @@ class TrainerSettings:
     threads: int | None
     test: bool
     compile: bool
+    checkpoint_every: int | None
 
     def __post_init__(self) -> None:
         if self.max_epochs < 1:
             raise SettingError("max_epochs", self.max_epochs, "a whole number of at least 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise SettingError("max_steps", self.max_steps, "a whole number of at least 1, or -1 for no limit")
+        if self.checkpoint_every is not None and self.checkpoint_every < 1:
+            raise SettingError("checkpoint_every", self.checkpoint_every, "a whole number of at least 1, or null")
         if self.accumulate < 1:
             raise SettingError("accumulate", self.accumulate, "a whole number of at least 1")
         if self.precision == "16-mixed" and not torch.cuda.is_available():
@@ -85,17 +91,11 @@ class TrainerSettings:
         return steps if self.max_steps == -1 else min(steps, self.max_steps)
 
     def make(self, folder: Path, callbacks: Sequence[Callback], logger: Any, clip: float | None) -> L.Trainer:
-        """The trainer; it keeps the newest epoch's checkpoint in ``folder/checkpoints``.
+        """The trainer; it keeps the newest checkpoints in ``folder/checkpoints``.
 
         Raises:
             SettingError: if Lightning refuses a value.
         """
-        checkpoint = ModelCheckpoint(
-            folder / "checkpoints",
-            filename="epoch_{epoch}",
-            auto_insert_metric_name=False,
-            save_on_train_epoch_end=True,
-        )
         try:
             return L.Trainer(
                 max_epochs=self.max_epochs,
@@ -106,13 +106,14 @@ class TrainerSettings:
                 devices=self.devices,
                 strategy=self.strategy,
                 gradient_clip_val=clip,
-                callbacks=[*callbacks, checkpoint],
+                callbacks=[*callbacks, KeepCheckpoints(folder, self.checkpoint_every)],
+                plugins=[WholeFiles()],
                 logger=logger,
                 default_root_dir=folder,
                 deterministic=True,
                 inference_mode=not self.compile,  # else tests are compiled anew, after validations without it
                 num_sanity_val_steps=0,
-                log_every_n_steps=10,
+                log_every_n_steps=LOG_EVERY,
                 enable_model_summary=False,
                 enable_progress_bar=any(getattr(c, "is_enabled", None) is not None for c in callbacks),
             )

@@ -6,7 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
 from heterolora.calibration import kept_step_times, step_limit
 from heterolora.callbacks.progress import track
+from heterolora.checkpoints import CURVES
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
 from heterolora.errors import SettingError
@@ -29,7 +30,7 @@ from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
-from heterolora.parts import Parts
+from heterolora.parts import Parts, config_hash
 from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.prefix_cache import FrozenPrefix
@@ -38,6 +39,7 @@ from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
+from heterolora.resume import Resume
 from heterolora.scoring import SearchResult, check_budget, rehearse, search
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
@@ -45,21 +47,6 @@ from heterolora.step_time import StepLimit, StepTimes, in_short, shown
 from heterolora.tasks.base import Task
 
 _log = logging.getLogger(__name__)
-
-_EARLIER = "metrics_earlier.csv"
-
-
-@dataclass(frozen=True)
-class Resume:
-    """An earlier run that is gone on with.
-
-    Attributes:
-        run: its folder.
-        checkpoint: the state to start from.
-    """
-
-    run: Path
-    checkpoint: Path
 
 
 def run_training(
@@ -132,7 +119,11 @@ class _Run:
         check_budget(parts.allocator, budget, space, parts.adapter)
         rehearse(parts.allocator, budget, space, parts.adapter)
         data = self.shelf.tokens(parts, given, material, backbone)
-        identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
+        identity = {
+            "settings": config_hash(given),
+            "backbone weights": backbone.fingerprint,
+            "data": digest(splits, task),
+        }
         prefix = self._prefix(data, model, backbone)
         module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, prefix)
         if parts.dry:
@@ -275,11 +266,11 @@ class _Run:
             if (resume.run / name).exists():
                 write_whole(self.folder / name, partial(shutil.copyfile, resume.run / name))
 
-        epoch = torch.load(resume.checkpoint, weights_only=True)["epoch"]
-        tables = [pd.read_csv(path) for name in (_EARLIER, "metrics.csv") if (path := resume.run / name).exists()]
-        if tables:
-            before = pd.concat(tables)
-            write_whole(self.folder / _EARLIER, partial(before[before["epoch"] <= epoch].to_csv, index=False))
+        curves = torch.load(resume.checkpoint, weights_only=True)["curves"]
+        tables = [pd.read_csv(path) for name in CURVES if (path := resume.run / name).exists()]
+        if tables and curves:
+            before = pd.concat(tables)[:curves]
+            write_whole(self.folder / CURVES[0], partial(before.to_csv, index=False))
 
     def _write_config(self) -> None:
         write_text(self.folder / "config.yaml", yaml.safe_dump(dict(self.config), sort_keys=False))
@@ -383,7 +374,7 @@ class _Run:
 
     def _join_metrics(self) -> None:
         """The curves of the earlier processes, then ours."""
-        old, new = self.folder / _EARLIER, self.folder / "metrics.csv"
+        old, new = (self.folder / name for name in CURVES)
         if old.exists() and new.exists():
             joined = pd.concat([pd.read_csv(old), pd.read_csv(new)])
             write_whole(new, partial(joined.to_csv, index=False))

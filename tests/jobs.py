@@ -84,6 +84,22 @@ class StopAt(L.Callback):
             raise RuntimeError("broken off by the test")
 
 
+class StopBefore(L.Callback):
+    """Breaks off before a batch, as a crash would.
+
+    Args:
+        epoch: the epoch, from 0.
+        batch: the batch in it, from 0.
+    """
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.place = epoch, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.place:
+            raise RuntimeError("broken off by the test")
+
+
 class FullDisk(L.Callback):
     """Fails as a write to a full disk does."""
 

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from heterolora.checkpoints import FOLDER, newest_first
 from heterolora.report.memory import Kept
-from heterolora.run import RunFailed, newest_checkpoint, train
+from heterolora.run import RunFailed, train
 from tests.jobs import CONF, StopAt, prepare, run_job
 
 pytestmark = pytest.mark.medium
@@ -80,7 +81,7 @@ def test_a_run_leaves_everything_and_it_agrees(tmp_path):
 
 def test_the_checkpoint_holds_only_what_is_trained_and_loads_weights_only(tmp_path):
     run_job(tmp_path / "a")
-    checkpoint = torch.load(newest_checkpoint(tmp_path / "a"), weights_only=True)
+    checkpoint = torch.load(next(newest_first(tmp_path / "a" / FOLDER)), weights_only=True)
     adapters = load_file(tmp_path / "a" / "adapter.safetensors")
     assert checkpoint["state_dict"].keys() == adapters.keys()
     assert checkpoint["ranks"] == {

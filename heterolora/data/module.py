@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
-from heterolora.data.sampler import SimilarLength
+from heterolora.data.sampler import Batches, SimilarLength
 from heterolora.data.sources import Labelled
 from heterolora.data.splits import Splits, make_splits, training_table
 from heterolora.data.tables import check_columns, check_texts
@@ -161,7 +161,32 @@ def _check_length(task: Task, tokenizer: Any, positions: int | None, multiple: i
 
 def _by_length(examples: Any, batch_size: int, collate: "_Collator") -> DataLoader[Example]:
     order = sorted(range(len(examples)), key=lambda row: input_length(examples[row]))
-    return DataLoader(examples, batch_size=batch_size, sampler=order, collate_fn=collate)
+    generator = torch.Generator()  # of its own: a loader draws a number that it has no use for
+    return DataLoader(examples, batch_size=batch_size, sampler=order, collate_fn=collate, generator=generator)
+
+
+class Resumable(DataLoader[Example]):
+    """Knows how many batches of the epoch it gave, and can start after them."""
+
+    batch_sampler: Batches
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._given = self.batch_sampler.first
+        for batch in super().__iter__():
+            self._given += 1  # before it is given: a checkpoint is written while it is in use
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Batches of this epoch that were given."""
+        return {"batches": self._given}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Start after them; after a whole epoch, with the next one's first."""
+        self.batch_sampler.first = state["batches"] % len(self.batch_sampler)
 
 
 class _Collator:
@@ -209,6 +234,8 @@ class TextData(L.LightningDataModule):
         self.settings = settings
         self.seed = seed
         self._tests = splits.tests
+        self._training: Resumable | None = None
+        self._position = {"batches": 0}
         self._collate = _Collator(tokenizer, settings.pad_to_multiple_of)
 
     def reseeded(self, seed: int) -> "TextData":
@@ -224,12 +251,20 @@ class TextData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Example]:
         """Seeded order, batches of similar length."""
         examples: Any = self.examples["train"]
-        return DataLoader(
-            examples,
-            batch_size=self.settings.batch_size,
-            sampler=self._sampler("training"),
-            collate_fn=self._collate,
+        batches = Batches(self._sampler("training"), self.settings.batch_size)
+        self._training = Resumable(
+            examples, batch_sampler=batches, collate_fn=self._collate, generator=torch.Generator()
         )
+        self._training.load_state_dict(self._position)
+        return self._training
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in the epoch training is."""
+        return {} if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Training goes on there; Lightning may ask for its loader before it has read what that loader kept."""
+        self._position = state_dict
 
     def val_dataloader(self) -> DataLoader[Example]:
         """By length."""

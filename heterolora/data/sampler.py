@@ -11,6 +11,34 @@ _POOL = 32  # batches that are sorted together: enough to save padding, few enou
 _POOLS = 7  # at least so many pools in an epoch, or the batches of a small set would be the same in every epoch
 
 
+class Batches(Sampler[list[int]]):
+    """Batches of an order, from any of them on.
+
+    Args:
+        order: rows in the order in which they are seen; it knows epochs.
+        batch_size: rows in a batch; the last may have fewer.
+    """
+
+    def __init__(self, order: "SimilarLength", batch_size: int) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.first = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; Lightning calls this."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Of a whole epoch, wherever it starts."""
+        return -(-len(self.order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = list(self.order)
+        first, self.first = self.first, 0
+        for at in range(first * self.batch_size, len(rows), self.batch_size):
+            yield rows[at : at + self.batch_size]
+
+
 class SimilarLength(Sampler[int]):
     """A seeded shuffle in which every run of ``batch_size`` indices has examples of similar length.
 

@@ -1,0 +1,159 @@
+"""Going on after a crash: the same bits, whatever was lost, and only from what is whole."""
+
+import json
+import logging
+import random
+
+import lightning as L
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from heterolora.checkpoints import FOLDER, digest_of, newest_first, newest_good, random_states, restore_random_states
+from heterolora.resume import is_running, this_process
+from heterolora.run import RunFailed
+from tests.jobs import StopBefore, run_job
+
+pytestmark = pytest.mark.medium
+
+STATIC = ("trainer.max_epochs=3", "adapter.dropout=0.1", "trainer.checkpoint_every=2")
+"""48 sentences in batches of 8 are 6 batches an epoch."""
+
+
+def stop(epoch, batch):
+    return [
+        f"+callbacks.stop._target_={StopBefore.__module__}.StopBefore",
+        f"+callbacks.stop.epoch={epoch}",
+        f"+callbacks.stop.batch={batch}",
+    ]
+
+
+def break_off(folder, *overrides):
+    with pytest.raises(RuntimeError, match="broken off"):
+        run_job(folder, *overrides)
+
+
+def what_came_out(run):
+    """Everything that a run leaves and that does not depend on the clock or on its folder."""
+    tensors = load_file(run / "adapter.safetensors")
+    summary = json.loads((run / "summary.json").read_text())
+    curves = pd.read_csv(run / "metrics.csv")
+    return {
+        "tensors": {name: value.numpy().tobytes() for name, value in tensors.items()},
+        "metrics": summary["metrics"],
+        "steps": summary["steps"],
+        "curves": curves[sorted(curves)].to_csv(index=False),
+        "predictions": (run / "predictions_test.csv").read_text(),
+        "ranks": json.loads((run / "allocation.json").read_text())["ranks"],
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    run_job(folder, *STATIC)
+    return what_came_out(folder)
+
+
+@pytest.mark.parametrize("place", [(0, 3), (0, 5), (1, 0), (1, 1), (2, 2), (2, 5)], ids=str)
+def test_a_run_broken_off_anywhere_resumes_to_the_same_bits(tmp_path, whole, place):
+    break_off(tmp_path / "first", *STATIC, *stop(*place))
+    summary = run_job(tmp_path / "second", *STATIC, "resume=true")
+    assert summary["resumed_from"] == str(tmp_path / "first")
+    assert what_came_out(tmp_path / "second") == whole
+
+
+def test_a_chain_of_crashes_within_epochs_ends_with_the_same_bits(tmp_path, whole):
+    for name, place in (("a", (0, 4)), ("b", (1, 3)), ("c", (1, 5))):
+        break_off(tmp_path / name, *STATIC, "resume=true", *stop(*place))
+    run_job(tmp_path / "d", *STATIC, "resume=true")
+    assert what_came_out(tmp_path / "d") == whole
+
+
+def test_gradients_of_several_batches_make_a_step_after_a_resume_too(tmp_path):
+    settings = [*STATIC, "trainer.accumulate=2", "trainer.checkpoint_every=1"]
+    run_job(tmp_path / "whole", *settings)
+    for batch in (3, 4, 5):
+        break_off(tmp_path / f"{batch}", *settings, *stop(1, batch))
+        run_job(tmp_path / f"{batch}_on", *settings, f"resume={tmp_path}/{batch}")
+        assert what_came_out(tmp_path / f"{batch}_on") == what_came_out(tmp_path / "whole")
+
+
+def test_how_often_checkpoints_are_written_changes_nothing(tmp_path, whole):
+    run_job(tmp_path / "a", *STATIC, "trainer.checkpoint_every=null")
+    assert what_came_out(tmp_path / "a") == whole
+    assert len(list(newest_first(tmp_path / "a" / FOLDER))) == 2
+
+
+def test_a_torn_checkpoint_is_said_and_the_older_one_used(tmp_path, whole, caplog):
+    break_off(tmp_path / "first", *STATIC, *stop(1, 3))
+    newest, older = newest_first(tmp_path / "first" / FOLDER)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    with caplog.at_level(logging.INFO):
+        run_job(tmp_path / "second", *STATIC, "resume=true")
+    assert f"{newest.name} is torn" in caplog.text
+    assert f"resuming {older}" in caplog.text
+    assert what_came_out(tmp_path / "second") == whole
+
+
+def test_no_checkpoint_is_used_that_was_not_written_to_its_end_or_belongs_elsewhere(tmp_path):
+    break_off(tmp_path / "first", *STATIC, *stop(1, 3))
+    newest, older = newest_first(tmp_path / "first" / FOLDER)
+    settings = torch.load(newest, weights_only=True)["identity"]["settings"]
+    assert newest_good(tmp_path / "first", settings) == (newest, [])
+    path, wrong = newest_good(tmp_path / "first", "another")
+    assert path is None
+    assert [text.partition(" ")[2] for text in wrong] == [f"belongs to another config (hash {settings})"] * 2
+    digest_of(newest).unlink()
+    assert newest_good(tmp_path / "first", settings) == (older, [f"{newest.name} was not written to its end"])
+    older.write_bytes(b"nothing")
+    with pytest.raises(RunFailed, match=r"none of its checkpoints can be used: .* is torn"):
+        run_job(tmp_path / "second", *STATIC, f"resume={tmp_path}/first")
+
+
+def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, whole, caplog):
+    break_off(tmp_path / "first", *STATIC, *stop(0, 1))
+    with caplog.at_level(logging.INFO):
+        run_job(tmp_path / "second", *STATIC, f"resume={tmp_path}/first")
+    assert "stopped before its first checkpoint" in caplog.text
+    assert what_came_out(tmp_path / "second") == whole
+
+
+class Draws(L.Callback):
+    """Uses all global generators after each batch, and keeps the sum of what they gave."""
+
+    total = 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        Draws.total += random.random() + np.random.rand() + torch.rand(()).item()
+
+
+def test_the_global_generators_go_on_where_they_were(tmp_path):
+    draws = [f"+callbacks.draws._target_={Draws.__module__}.Draws"]
+    Draws.total = 0.0
+    run_job(tmp_path / "whole", *STATIC, *draws)
+    whole, Draws.total = Draws.total, 0.0
+    break_off(tmp_path / "first", *STATIC, *draws, *stop(1, 2))  # a checkpoint was written just before
+    run_job(tmp_path / "second", *STATIC, *draws, "resume=true")
+    assert Draws.total == pytest.approx(whole, rel=1e-12)
+
+
+def test_random_states_come_back(tmp_path):
+    random.random(), np.random.rand(), torch.rand(1)
+    path = tmp_path / "states.ckpt"
+    torch.save(random_states(), path)
+    first = random.random(), np.random.rand(), torch.rand(3).tolist()
+    restore_random_states(torch.load(path, weights_only=True))
+    assert (random.random(), np.random.rand(), torch.rand(3).tolist()) == first
+
+
+def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it():
+    me = this_process()
+    parent = {"state": "running", "host": me["host"], "pid": 1, "born": None}
+    assert is_running(parent)  # nobody knows when it started
+    assert not is_running({**parent, "born": 12345678987})
+    assert not is_running({**parent, "host": "elsewhere"})
+    assert not is_running({"state": "running", **me})  # this very process runs one job at a time
