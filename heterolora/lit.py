@@ -18,7 +18,6 @@ from heterolora.prefix_cache import FrozenPrefix
 from heterolora.seeds import derive
 from heterolora.tasks.base import Task
 
-
 LOG_EVERY = 10
 """Optimizer steps between two points of the curve of training."""
 
