@@ -16,6 +16,7 @@ from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
 from heterolora.prefix_cache import FrozenPrefix
 from heterolora.seeds import derive
+from heterolora.switching import Switch, trained_parameters
 from heterolora.tasks.base import Task
 
 LOG_EVERY = 10
@@ -100,6 +101,8 @@ class LitAdapted(L.LightningModule):
         self.seed = seed
         self.identity = dict(identity)
         self.prefix = prefix
+        self.switch: Switch | None = None
+        """Switches sites while training goes on; None where the allocation stands."""
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None
@@ -123,7 +126,7 @@ class LitAdapted(L.LightningModule):
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=rows)
         steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if steps and (self.trainer.global_step + 1) % LOG_EVERY == 0:
-            self._note("train/loss_step", loss, self.trainer.global_step)
+            self.note({"train/loss_step": loss.item()}, self.trainer.global_step)
         self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach().double() * rows
         self._epoch_rows += rows
         return loss
@@ -151,16 +154,27 @@ class LitAdapted(L.LightningModule):
         loss = (self._epoch_loss / self._epoch_rows).float()
         self._epoch_loss, self._epoch_rows = torch.zeros((), dtype=torch.float64), 0
         self.log("train/loss_epoch", loss, logger=False)
-        self._note("train/loss_epoch", loss, self.trainer.global_step - 1)
+        self.note({"train/loss_epoch": loss.item()}, self.trainer.global_step - 1)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the training loss is {loss.item()} after epoch {self.trainer.current_epoch + 1}; lower optimizer.lr"
             )
 
-    def _note(self, name: str, value: torch.Tensor, step: int) -> None:
-        """A point of a curve, at once: Lightning would write it only after the checkpoint of this step or epoch."""
+    def note(self, values: Mapping[str, float], step: int) -> None:
+        """Points of curves, at once: Lightning would write them only after the checkpoint of this step or epoch."""
         for logger in self.trainer.loggers:
-            logger.log_metrics({name: value.item(), "epoch": self.trainer.current_epoch}, step)
+            logger.log_metrics({**values, "epoch": self.trainer.current_epoch}, step)
+
+    @property
+    def held_parameters(self) -> int:
+        """Adapter parameters in memory: those of the model, and those that are kept while their site is off."""
+        return self.model.held_parameters + (0 if self.switch is None else self.switch.kept_parameters)
+
+    def add_search(self, seconds: float) -> None:
+        """Count them as search, and not as training if that has begun."""
+        self.search_seconds = (self.search_seconds or 0.0) + seconds
+        if self._training_since is not None:
+            self._training_since += seconds
 
     def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
         """Feed the metrics and keep the predictions."""
@@ -223,7 +237,7 @@ class LitAdapted(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over adapters and head; the rate changes every step."""
-        adapters = list(self.model.adapters.parameters())
+        adapters = trained_parameters(self.model)
         head = list(self.model.head_parameters.values())
         groups = [{"params": adapters, "lr": self.settings.lr, "name": "adapters"}]
         if head:
@@ -253,6 +267,8 @@ class LitAdapted(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ranks travel with the weights, and what identifies the run they belong to."""
         checkpoint["ranks"] = {name: rank for name, rank in self.model.ranks.items() if rank}
+        checkpoint["frozen"] = sorted(self.model.frozen)
+        checkpoint["switch"] = None if self.switch is None else self.switch.state_dict()
         checkpoint["identity"] = self.identity
         checkpoint["epoch_loss"] = {"sum": self._epoch_loss, "rows": self._epoch_rows}
         checkpoint["seconds"] = {"search": self.search_seconds, "training": self.training_seconds}
@@ -267,6 +283,9 @@ class LitAdapted(L.LightningModule):
             if checkpoint["identity"].get(what) != expected:
                 raise SettingError("resume", "this checkpoint", f"it was made with other {what} than there are now")
         self.model.enable(checkpoint["ranks"], self.seed)
+        self.model.freeze(checkpoint["frozen"])
+        if self.switch is not None:
+            self.switch.load_state_dict(checkpoint["switch"])
         self._epoch_loss, self._epoch_rows = checkpoint["epoch_loss"]["sum"], checkpoint["epoch_loss"]["rows"]
         self.search_seconds = checkpoint["seconds"]["search"]
         self._seconds_before = checkpoint["seconds"]["training"]

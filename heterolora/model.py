@@ -182,6 +182,14 @@ class AdaptedModel(nn.Module):
         """The adapter that takes part in the forward at a site, if any."""
         return self.adapter(name) if _key(name) in self.adapters and name not in self._off else None
 
+    def site(self, name: str) -> Site:
+        """A site of the space.
+
+        Raises:
+            KeyError: if the space has none of this name.
+        """
+        return self._sites[name]
+
     @property
     def held(self) -> list[str]:
         """Names of the sites that hold an adapter, in the space's order."""
@@ -213,9 +221,10 @@ class AdaptedModel(nn.Module):
         if (device, dtype) != (torch.device("cpu"), torch.float32):  # as a family builds them
             for adapter in fresh.values():
                 adapter.to(device=device, dtype=dtype)
-        self._install(fresh)
+        self.install(fresh)
 
-    def _install(self, adapters: Mapping[str, nn.Module]) -> None:
+    def install(self, adapters: Mapping[str, nn.Module]) -> None:
+        """Let these adapters be all that is held, each at its site, and on."""
         self.adapters.clear()
         self.adapters.update({_key(name): adapters[name] for name in self._sites if name in adapters})
         self.adapters.train(self.training)
@@ -226,11 +235,11 @@ class AdaptedModel(nn.Module):
     def swapped(self, adapters: Mapping[str, nn.Module]) -> Iterator[None]:
         """Other adapters for a while; those held before come back on exit, untouched."""
         before, off = {name: self.adapter(name) for name in self.held}, self._off
-        self._install(adapters)
+        self.install(adapters)
         try:
             yield
         finally:
-            self._install(before)
+            self.install(before)
             self.switch_off(off)
 
     def switch_off(self, names: Iterable[str]) -> None:
@@ -261,13 +270,25 @@ class AdaptedModel(nn.Module):
             self._paused = before
 
     @property
+    def frozen(self) -> frozenset[str]:
+        """Sites that hold an adapter which is not trained."""
+        return frozenset(
+            name for name in self.held if not any(p.requires_grad for p in self.adapter(name).parameters())
+        )
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Train the adapters of these sites no longer; they stay in the function."""
+        for name in names:
+            self.adapter(name).requires_grad_(False)
+
+    @property
     def held_parameters(self) -> int:
-        """Trainable adapter parameters in memory."""
+        """Adapter parameters in memory."""
         return sum(p.numel() for p in self.adapters.parameters())
 
     @property
     def active_parameters(self) -> int:
-        """Trainable adapter parameters of the sites that are switched on."""
+        """Adapter parameters of the sites that are switched on."""
         return sum(p.numel() for name in self.held if name not in self._off for p in self.adapter(name).parameters())
 
     @property

@@ -14,7 +14,7 @@ from heterolora.allocators.base import Allocator
 from heterolora.backbone import Pretrained, Tiny
 from heterolora.budget import Budget
 from heterolora.build import build
-from heterolora.callbacks.allocate import Static
+from heterolora.callbacks.allocate import AllocationTime
 from heterolora.data.module import Data
 from heterolora.errors import SettingError
 from heterolora.export import Export
@@ -64,7 +64,7 @@ class Parts:
     proxy: Proxy
     allocator: Allocator
     budget: Budget
-    allocation: Static
+    allocation: AllocationTime
     optimizer: Optimizer
     prefix: PrefixSettings
     trainer: TrainerSettings

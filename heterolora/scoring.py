@@ -16,7 +16,7 @@ import torch
 
 from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
-from heterolora.allocators.base import Allocator, Gains, parameters_only
+from heterolora.allocators.base import Allocator, Gains, favoured, parameters_only
 from heterolora.allocators.timed import allocate_in_time
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
@@ -93,6 +93,21 @@ class SearchResult:
     step_time: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Standing:
+    """What is trained already when a search comes in the middle of training.
+
+    Attributes:
+        ranks: site -> units that are trained.
+        margin: how much more their gains count (``allocators.base.favoured``).
+        own: score trained sites by their own factors, all others by the probe's; otherwise all by the probe's.
+    """
+
+    ranks: Mapping[str, int]
+    margin: float
+    own: bool
+
+
 def untracked(items: Iterable[Any], description: str, count: int) -> Iterable[Any]:
     """No progress shown."""
     return items
@@ -112,6 +127,7 @@ def search(
     proxy_name: str | None = None,
     track: Track = untracked,
     limit: Callable[[], StepLimit | None] | None = None,
+    standing: Standing | None = None,
 ) -> SearchResult:
     """Score the sites of the model's space and allocate the budget; nothing is enabled, nothing is changed.
 
@@ -128,6 +144,7 @@ def search(
         proxy_name: what to call the proxy in messages.
         track: shows progress.
         limit: measures what the budget's ``step_time`` means (``calibration.step_limit``), on the model as it is.
+        standing: what is trained already, for a search in the middle of training; None: nothing is.
 
     Raises:
         DegenerateScores: if the scores rank nothing.
@@ -143,10 +160,13 @@ def search(
         rehearse(allocator, resolved, space, model.family, most)
     scores: Mapping[str, Score] | None = None
     if allocator.gain_rule is not None:
-        scores = score(
-            model, loss, batches, warmup, proxy=proxy, probe=probe, seed=seed, proxy_name=proxy_name, track=track
+        name = proxy_name or type(proxy).__name__.lower()
+        own = standing is not None and standing.own
+        found = score_all(
+            model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track, own=own
         )
-    allocation = allocate(allocator, scores, resolved, space, model.family, most)
+        scores = found.scores[name]
+    allocation = allocate(allocator, scores, resolved, space, model.family, most, standing)
     record = None if most is None else most.record(space.sites, allocation.ranks)
     return SearchResult(scores, allocation, time.perf_counter() - start, record)
 
@@ -158,14 +178,26 @@ def allocate(
     space: Space,
     family: AdapterFamily,
     limit: StepLimit | None = None,
+    standing: Standing | None = None,
 ) -> Allocation:
     """Ranks from scores, which an allocator that looks at none does not need; within the limit on a step, if any.
+
+    Args:
+        allocator: turns gains into ranks.
+        scores: site -> score; None for an allocator that looks at none.
+        budget: how much may be held.
+        space: the candidates.
+        family: says what ranks cost.
+        limit: on the time of a step; None: none.
+        standing: what is trained already, and counts for more; None: nothing is.
 
     Raises:
         SettingError: if the allocator refuses, or no site gets any rank.
     """
     rule = allocator.gain_rule
     gains = rule.gains(scores, space.sites, space.groups) if rule and scores else no_gains(space.sites)
+    if standing is not None:
+        gains = favoured(gains, standing.ranks, standing.margin)
     allocation = _within(allocator, gains, budget, space, family, limit)
     if not allocation.active:
         raise SettingError("budget", budget, "pays for no adapter at any site; give more")
@@ -273,6 +305,7 @@ def score_all(
     track: Track = untracked,
     resampling: Resampling | None = None,
     numbers: int | None = None,
+    own: bool = False,
 ) -> Scored:
     """Scores by several proxies, from one pass over the batches for all that share it; see ``search``.
 
@@ -290,6 +323,7 @@ def score_all(
         track: shows progress.
         resampling: score again from resampled batches; None: do not.
         numbers: how many numbers may be held for the sites; None: as many as a training step leaves room for.
+        own: sites whose adapter was trained are scored by its factors, and not by the probe's.
 
     Raises:
         DegenerateScores: if the scores of a proxy rank nothing.
@@ -304,6 +338,8 @@ def score_all(
             check_weights(name, [site.name for site in sites if model.frozen_weight(site.name) is None])
     with untouched(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         adapters = _probe_adapters(model, probe, seed)
+        if own:
+            adapters |= {name: model.adapter(name) for name in model.held if _trained(model.adapter(name))}
         bench = Bench(model, batches, loss, probe.live, probe.reduction, track)
         one = _Pass(bench, adapters, proxies, seed, resampling)
         if one.statistics:
@@ -437,6 +473,11 @@ def _probe_adapters(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, A
             adapter = model.family.probe(site, probe.rank, probe.std, seed)
         adapters[site.name] = adapter.to(device=device, dtype=dtype)
     return adapters
+
+
+def _trained(adapter: Any) -> bool:
+    """Whether it gives anything: one that never trained has B = 0, by which many a score is 0."""
+    return bool(adapter.B.any())
 
 
 def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], probe: Probe, track: Track) -> None:

@@ -21,6 +21,7 @@ from heterolora.allocation import Allocation
 from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
 from heterolora.calibration import kept_step_times, step_limit
+from heterolora.callbacks.allocate import Moment
 from heterolora.callbacks.progress import track
 from heterolora.checkpoints import CURVES
 from heterolora.data.module import TextData
@@ -28,6 +29,7 @@ from heterolora.data.splits import Splits
 from heterolora.errors import SettingError
 from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
+from heterolora.history import HISTORY, Decision, append_decision, read_history
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts, config_hash
@@ -37,10 +39,11 @@ from heterolora.prefix_cache import FrozenPrefix
 from heterolora.provenance import provenance, versions
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
+from heterolora.report.picture import HISTORY_PICTURE, draw_history
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
 from heterolora.resume import Resume
-from heterolora.scoring import SearchResult, check_budget, rehearse, search
+from heterolora.scoring import SearchResult, check_budget, rehearse, search, untracked
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
 from heterolora.step_time import StepLimit, StepTimes, in_short, shown
@@ -117,6 +120,7 @@ class _Run:
         self.parts = parts = replace(parts, allocator=placed(parts.allocator, space.sites))
         budget = parts.budget.resolve(space)
         check_budget(parts.allocator, budget, space, parts.adapter)
+        self._check_allocation()
         rehearse(parts.allocator, budget, space, parts.adapter)
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {
@@ -129,13 +133,14 @@ class _Run:
         if parts.dry:
             return self._plan(module, data, splits)
         parts.trainer.compile_model(model)
-        callbacks = list(parts.callbacks)
-        if self.resume is None:  # a resumed run has its ranks from the checkpoint
-            callbacks.append(
-                parts.allocation.callback(
-                    lambda lit: self._search(lit, data, backbone), lambda result: self._begin(result, model, backbone)
-                )
-            )
+        allocating = parts.allocation.callback(
+            lambda lit, moment: self._search(lit, data, backbone, moment),
+            lambda result: self._begin(result, model, backbone),
+            self._decided,
+            parts.allocator,
+            self.resume is not None,
+        )
+        callbacks = [*parts.callbacks, *([] if allocating is None else [allocating])]
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
         trainer = parts.trainer.make(self.folder, callbacks, logger, parts.optimizer.clip)
         ckpt_path = None
@@ -146,6 +151,7 @@ class _Run:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        self._settle(module, data, backbone)
         metrics = self._evaluate(trainer, module, data, splits.tests if parts.trainer.test else ())
         summary = self._summary(module, metrics, splits, material.origin, backbone, trainer)
         self._write_results(module, summary)
@@ -198,10 +204,18 @@ class _Run:
     def _proxy_name(self) -> str:
         return str(self.parts.choices.get("proxy", type(self.parts.proxy).__name__))
 
-    def _search(self, lit: LitAdapted, data: TextData, backbone: Backbone) -> SearchResult:
+    def _check_allocation(self) -> None:
+        parts = self.parts
+        timed = parts.budget.step_time is not None and parts.data.cache_dir is None
+        scaling = getattr(parts.adapter, "scaling", "constant")
+        parts.allocation.check(parts.allocator, parts.probe, scaling, parts.trainer.compile, timed)
+
+    def _search(self, lit: LitAdapted, data: TextData, backbone: Backbone, moment: Moment) -> SearchResult:
         parts = self.parts
         scored = self._scored
-        batches, rows = data.scoring_batches(parts.probe.batches) if scored else ([], [])
+        batches, rows = data.scoring_batches(parts.probe.batches, moment.draw) if scored else ([], [])
+        # A head that is trained needs no warming up.
+        probe = parts.probe if moment.standing is None else replace(parts.probe, head_warmup_steps=0)
         device = next(lit.model.backbone.parameters()).device
         result = search(
             lit.model,
@@ -211,14 +225,17 @@ class _Run:
             proxy=parts.proxy,
             allocator=parts.allocator,
             budget=parts.budget,
-            probe=parts.probe,
+            probe=probe,
             seed=parts.seed,
             proxy_name=self._proxy_name,
-            track=track,
+            track=track if moment.standing is None else untracked,
             limit=lambda: self._limit(lit, data),
+            standing=moment.standing,
         )
         found = result.allocation
-        lit.search_seconds = result.seconds
+        lit.add_search(result.seconds)
+        if moment.standing is not None:
+            return result
         proxy = self.config["proxy"] if parts.allocator.gain_rule is not None else None
         timed = {} if result.step_time is None else {"step_time": result.step_time}
         origin = provenance(self.config, backbone.fingerprint, rows if scored else None, proxy=proxy, **timed)
@@ -259,14 +276,48 @@ class _Run:
         time = "" if result.step_time is None else f" ({shown(result.step_time)})"
         _log.info("allocated %s parameters to %d of %d sites%s", spent, len(allocation.active), len(space.sites), time)
 
+    def _decided(self, lit: LitAdapted, decision: Decision) -> None:
+        """Write a decision down at once."""
+        append_decision(self.folder / HISTORY, decision)
+
+    def _settle(self, module: LitAdapted, data: TextData, backbone: Backbone) -> None:
+        """Training under changing allocations is over: the last one is the run's, and the history is drawn."""
+        history = read_history(self.folder / HISTORY)
+        if not history:
+            return
+        model, family = module.model, self.parts.adapter
+        space, ranks = model.space, model.ranks
+        allocation = json.loads((self.folder / "allocation.json").read_text())
+        draw = max(number for number, decision in enumerate(history) if decision.scores or not number)
+        found, rows, scores = history[draw].scores, [], None
+        if found:
+            rows = data.scoring_batches(self.parts.probe.batches, draw)[1] if self._scored else []
+            scores = Scores(
+                self._proxy_name, {self._proxy_name: found}, rows, backbone.fingerprint, self.config["model"]
+            )
+        spent = family.cost(space.sites)(ranks)
+        dynamic = {"decisions": len(history), "last": history[-1].step, "scores of decision": draw}
+        origin = provenance(
+            self.config, backbone.fingerprint, rows or None, proxy=self.config["proxy"], dynamic=dynamic
+        )
+        # What is frozen stays in the function beyond what the budget pays for; it is counted as held.
+        budget = None if model.frozen else allocation["budget"]
+        write_findings(self.folder, space, scores, Allocation(ranks, spent, budget, origin), family, self._title())
+        draw_history(space, history, self._title(), self.folder / HISTORY_PICTURE)
+        self.parts.logger.log_picture("allocation/history", self.folder / HISTORY_PICTURE)
+
     def _adopt(self, resume: Resume) -> None:
-        """Take over what the earlier run's search wrote, and its curves up to the checkpoint."""
+        """Take over what the earlier run's search wrote, its decisions and its curves up to the checkpoint."""
         self._write_config()
         for name in FILES:
             if (resume.run / name).exists():
                 write_whole(self.folder / name, partial(shutil.copyfile, resume.run / name))
 
-        curves = torch.load(resume.checkpoint, weights_only=True)["curves"]
+        checkpoint = torch.load(resume.checkpoint, weights_only=True)
+        curves = checkpoint["curves"]
+        for decision in read_history(resume.run / HISTORY):
+            if decision.step in (0, *range(checkpoint["global_step"])):
+                append_decision(self.folder / HISTORY, decision)
         tables = [pd.read_csv(path) for name in CURVES if (path := resume.run / name).exists()]
         if tables and curves:
             before = pd.concat(tables)[:curves]
@@ -316,7 +367,7 @@ class _Run:
             "metrics": {split: dict(values) for split, values in metrics.items()},
             "collapsed": collapsed,
             "parameters": {
-                "held": module.model.held_parameters,
+                "held": module.held_parameters,
                 "active": module.model.active_parameters,
                 "budget": allocation["budget"],
                 "unspent": allocation["unspent"],

@@ -122,6 +122,25 @@ class Allocator(Protocol):
         """
 
 
+def favoured(gains: Gains, ranks: Mapping[str, int], margin: float) -> dict[str, list[float]]:
+    """Gains in which what is held already counts for more, so that it goes only for something clearly better.
+
+    Args:
+        gains: value of each unit of rank at each site.
+        ranks: units that each site holds.
+        margin: by how much more, as a share: a held unit gives way to one whose gain is more than 1 + margin times its
+            own.
+    """
+
+    def value(gain: float) -> float:
+        return gain * (1 + margin) if gain > 0 else gain / (1 + margin)
+
+    return {
+        name: [value(gain) if unit < ranks.get(name, 0) else gain for unit, gain in enumerate(values)]
+        for name, values in gains.items()
+    }
+
+
 def tie_order(seed: int, name: str) -> int:
     """A site's place among equals: a draw that depends on the seed and its name alone, not on the other sites."""
     return derive(seed, "tie", name)

@@ -1,27 +1,77 @@
-"""Static allocation: once, before the first epoch."""
+"""When allocation happens; the static way: once, before the first epoch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import lightning as L
 
+from heterolora.allocators.base import Allocator
+from heterolora.history import Decision
 from heterolora.lit import LitAdapted
-from heterolora.scoring import SearchResult
+from heterolora.scoring import Probe, SearchResult, Standing
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a search happens in training.
+
+    Attributes:
+        step: optimizer steps made before it.
+        draw: how many searches came before it.
+        standing: what is trained then; None before training.
+    """
+
+    step: int
+    draw: int
+    standing: Standing | None
+
+
+Search: TypeAlias = Callable[[LitAdapted, Moment], SearchResult]
+"""Finds an allocation, on the model as it is then."""
+
+Found: TypeAlias = Callable[[SearchResult], None]
+"""Told about the first allocation, once its adapters are there and before training starts."""
+
+Decided: TypeAlias = Callable[[LitAdapted, Decision], None]
+"""Told about each decision when it is in force."""
+
+
+class AllocationTime(Protocol):
+    """When allocation happens."""
+
+    def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
+        """Refuse what cannot be right with the other settings.
+
+        Args:
+            allocator: makes the allocations.
+            probe: how sites are looked at.
+            scaling: how adapters are scaled.
+            compiled: whether the model is compiled.
+            timed: whether the budget limits the time of a step, by times that are not kept.
+
+        Raises:
+            SettingError: naming the setting.
+        """
+
+    def callback(
+        self, run_search: Search, on_found: Found, on_decision: Decided, allocator: Allocator, resumed: bool
+    ) -> L.Callback | None:
+        """The Lightning callback that does it; None: a resumed run has its ranks from the checkpoint, and keeps them.
+
+        Args:
+            run_search: finds an allocation.
+            on_found: told about the first.
+            on_decision: told about all that come in the middle of training, and then of the first, too.
+            allocator: makes them.
+            resumed: the run goes on from a checkpoint.
+        """
 
 
 class AllocateRanks(L.Callback):
-    """Search and enable in ``setup("fit")``: Lightning makes the optimizer after it, so that it sees the adapters.
+    """Search and enable in ``setup("fit")``: Lightning makes the optimizer after it, so that it sees the adapters."""
 
-    A resumed run has none of this: its ranks come from the checkpoint.
-
-    Args:
-        run_search: finds the allocation, on the model where it is then.
-        on_found: told about it before training starts.
-    """
-
-    def __init__(
-        self, run_search: Callable[[LitAdapted], SearchResult], on_found: Callable[[SearchResult], None]
-    ) -> None:
+    def __init__(self, run_search: Search, on_found: Found) -> None:
         self.run_search = run_search
         self.on_found = on_found
 
@@ -31,7 +81,7 @@ class AllocateRanks(L.Callback):
             return
         assert isinstance(pl_module, LitAdapted)
         pl_module.to(trainer.strategy.root_device)
-        result = self.run_search(pl_module)
+        result = self.run_search(pl_module, Moment(0, 0, None))
         pl_module.model.enable(result.allocation.ranks, pl_module.seed)
         self.on_found(result)
 
@@ -40,8 +90,11 @@ class AllocateRanks(L.Callback):
 class Static:
     """Allocate once, before the first epoch; sites without rank hold no parameters and no optimizer state."""
 
+    def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
+        """Nothing is in the way."""
+
     def callback(
-        self, run_search: Callable[[LitAdapted], SearchResult], on_found: Callable[[SearchResult], None]
-    ) -> AllocateRanks:
+        self, run_search: Search, on_found: Found, on_decision: Decided, allocator: Allocator, resumed: bool
+    ) -> L.Callback | None:
         """The Lightning callback that does it."""
-        return AllocateRanks(run_search, on_found)
+        return None if resumed else AllocateRanks(run_search, on_found)

@@ -274,14 +274,20 @@ class TextData(L.LightningDataModule):
         """A loader for each test split, by length; ``index`` restores the order of the split."""
         return {split: self._evaluation(split) for split in self._tests}
 
-    def scoring_batches(self, count: int) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
+    def scoring_batches(self, count: int, draw: int = 0) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
         """Batches of the training split for the proxies, and the rows they hold; their order is not training's.
+
+        Args:
+            count: how many.
+            draw: which draw of them; a search in the middle of training looks at others than the one before.
 
         Raises:
             SettingError: if the training split has fewer batches.
         """
         size = self.settings.batch_size
-        order = list(self._sampler("scoring"))
+        sampler = self._sampler("scoring")
+        sampler.set_epoch(draw)
+        order = list(sampler)
         rows = [order[at : at + size] for at in range(0, len(order), size)]
         if len(rows) < count:
             raise SettingError("probe.batches", count, f"the training split has {len(rows)} batches of {size}")

@@ -22,6 +22,9 @@ class RunLogger(Protocol):
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
         """Scores and ranks of all sites, and the picture."""
 
+    def log_picture(self, name: str, picture: Path) -> None:
+        """Another picture, a file of the run's folder."""
+
     def close(self, summary: Mapping[str, float] | None) -> None:
         """Finish, with the final numbers; None: the run failed. Called again after that, it does nothing."""
 
@@ -36,6 +39,9 @@ class Csv:
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
         """Nothing more than the files."""
 
+    def log_picture(self, name: str, picture: Path) -> None:
+        """Nothing more than the file."""
+
     def close(self, summary: Mapping[str, float] | None) -> None:
         """Lightning has written everything."""
 
@@ -48,6 +54,9 @@ class Silent:
         return False
 
     def log_allocation(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], picture: Path) -> None:
+        """Nothing."""
+
+    def log_picture(self, name: str, picture: Path) -> None:
         """Nothing."""
 
     def close(self, summary: Mapping[str, float] | None) -> None:
@@ -80,7 +89,12 @@ class TensorBoard:
         """A table in Markdown and an image."""
         assert self._logger is not None
         self._logger.experiment.add_text("allocation/sites", _markdown([columns, *rows]))
-        self._logger.experiment.add_image("allocation/picture", imread(picture)[..., :3], dataformats="HWC")
+        self.log_picture("allocation/picture", picture)
+
+    def log_picture(self, name: str, picture: Path) -> None:
+        """An image."""
+        assert self._logger is not None
+        self._logger.experiment.add_image(name, imread(picture)[..., :3], dataformats="HWC")
 
     def close(self, summary: Mapping[str, float] | None) -> None:
         """Write what is left, and the final metrics."""
@@ -154,7 +168,12 @@ class Wandb:
         """A table and an image."""
         assert self._logger is not None
         self._logger.log_table("allocation/sites", columns=list(columns), data=[list(row) for row in rows])
-        self._logger.log_image("allocation/picture", images=[str(picture)])
+        self.log_picture("allocation/picture", picture)
+
+    def log_picture(self, name: str, picture: Path) -> None:
+        """An image."""
+        assert self._logger is not None
+        self._logger.log_image(name, images=[str(picture)])
 
     def close(self, summary: Mapping[str, float] | None) -> None:
         """Finish the run, so that the next one of the same process starts its own."""

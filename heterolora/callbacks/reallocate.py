@@ -1,0 +1,263 @@
+"""Dynamic allocation: sites are scored and switched while training goes on."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+
+from heterolora.allocators.base import Allocator
+from heterolora.callbacks.allocate import Decided, Found, Moment, Search
+from heterolora.errors import SettingError
+from heterolora.history import Decision
+from heterolora.lit import LitAdapted
+from heterolora.proxies.base import DegenerateScores
+from heterolora.scoring import Probe, Standing
+from heterolora.switching import Off, Switch, changes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """Allocate before training, and again and again while it goes on.
+
+    Each decision scores all candidate sites, with the adapters that are trained in the forward, and makes the
+    allocation anew. Sites are scored by the probe's random factors, all alike: a site that was never trained has B = 0,
+    by which a score such as SNIP's is 0 for ever.
+
+    Args:
+        every: optimizer steps between decisions (a whole number), or a share of an epoch up to 1, counted from each
+            epoch's first step.
+        start: no decision before so many steps (a whole number), or before this share of the training; the allocation
+            that a static run would have stands until then.
+        stop: no decision from then on; likewise.
+        held: ``budget``: what is in memory keeps to the budget; ``all``: every candidate holds an adapter all the time,
+            and the budget counts those that are on (arXiv 2406.14956; four times the parameters at p = 0.25).
+        off: what becomes of a site that is switched off: ``reset``: its adapter is dropped; ``keep``: it is held as it
+            is, and comes back so; ``freeze``: it stays in the function and in the export, trained no longer. null:
+            ``reset`` where the budget is held, ``keep`` where all are.
+        margin: a unit of rank gives way only to one whose gain is more than 1 + margin times its own.
+        factors: ``probe``, or ``own``: sites that were trained are scored by their own factors, all others by the
+            probe's.
+    """
+
+    every: int | float
+    start: int | float
+    stop: int | float
+    held: Literal["budget", "all"]
+    off: Off | None
+    margin: float
+    factors: Literal["probe", "own"]
+
+    def __post_init__(self) -> None:
+        if not (self.every >= 1 if isinstance(self.every, int) else 0 < self.every <= 1):
+            raise SettingError(
+                "every", self.every, "a whole number of steps, at least 1, or a share of an epoch up to 1.0"
+            )
+        for name in ("start", "stop"):
+            value = getattr(self, name)
+            if not (value >= 0 if isinstance(value, int) else 0 <= value <= 1):
+                raise SettingError(name, value, "a whole number of steps, or a share of the training from 0.0 to 1.0")
+        if type(self.start) is type(self.stop) and self.start >= self.stop:
+            raise SettingError("stop", self.stop, f"must come after start={self.start}")
+        if not 0 <= self.margin < math.inf:
+            raise SettingError("margin", self.margin, "a number of at least 0")
+        if self.held == "budget" and self.off in ("keep", "freeze"):
+            raise SettingError(
+                "off", self.off, "holds more than the budget pays for: held=all, or off=reset, or null for what fits"
+            )
+
+    @property
+    def dropping(self) -> Off:
+        """What ``off`` comes to."""
+        return self.off or ("reset" if self.held == "budget" else "keep")
+
+    def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
+        """Refuse what cannot be right with the other settings.
+
+        Args:
+            allocator: makes the allocations.
+            probe: how sites are looked at.
+            scaling: how adapters are scaled.
+            compiled: whether the model is compiled.
+            timed: whether the budget limits the time of a step, by times that are not kept.
+
+        Raises:
+            SettingError: naming the setting.
+        """
+        if allocator.gain_rule is None:
+            raise SettingError(
+                "allocation",
+                "dynamic",
+                f"allocator={type(allocator).__name__.lower()} looks at no scores, and would decide the same each time",
+            )
+        one_rank = getattr(allocator, "rank", None) is not None
+        if not one_rank and self.dropping == "freeze":
+            raise SettingError("allocation.off", "freeze", "freezes whole sites: use an allocator of one rank, top")
+        if not one_rank and scaling != "constant":
+            raise SettingError(
+                "adapter.scaling", scaling, "would change what a site gives when its rank changes: constant, or top"
+            )
+        if probe.live:
+            raise SettingError("probe.live", True, "with allocation=dynamic the trained adapters are in the forward")
+        if compiled:
+            raise SettingError("trainer.compile", True, "not with allocation=dynamic: each switch would compile anew")
+        if timed:
+            raise SettingError("data.cache_dir", None, "budget.step_time with allocation=dynamic keeps times there")
+
+    def callback(
+        self,
+        run_search: Search,
+        on_found: Found,
+        on_decision: Decided,
+        allocator: Allocator,
+        resumed: bool,
+    ) -> L.Callback:
+        """The Lightning callback that does it."""
+        rule = allocator.gain_rule
+        assert rule is not None  # as checked
+        return Reallocate(self, run_search, on_found, on_decision, rule.max_rank, resumed)
+
+
+class Reallocate(L.Callback):
+    """Searches in ``setup("fit")`` as a static allocation does, then before the batches at which a decision is due.
+
+    Args:
+        settings: when, and what becomes of sites that are switched off.
+        run_search: finds an allocation, on the model as it is then.
+        on_found: told about the first one before training starts.
+        on_decision: told about every decision, the first one included, when it is in force.
+        most: largest rank that a site may get.
+        resumed: the run goes on from a checkpoint, in which its ranks are.
+    """
+
+    def __init__(
+        self,
+        settings: Dynamic,
+        run_search: Search,
+        on_found: Found,
+        on_decision: Decided,
+        most: int,
+        resumed: bool,
+    ) -> None:
+        self.settings = settings
+        self.run_search = run_search
+        self.on_found = on_found
+        self.on_decision = on_decision
+        self.most = most
+        self.resumed = resumed
+        self.searches = 0
+        self.decided = -1  # the step of the last decision
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Search, enable, report; a resumed run has all that from its checkpoint."""
+        if stage != "fit":
+            return
+        assert isinstance(pl_module, LitAdapted)
+        pl_module.to(trainer.strategy.root_device)
+        pl_module.switch = Switch(pl_module.model, pl_module.seed, self.settings.dropping)
+        if self.resumed:
+            return
+        result = self.run_search(pl_module, Moment(0, 0, None))
+        ranks = result.allocation.ranks
+        if self.settings.held == "all":
+            pl_module.switch.hold_all(self.most)
+        pl_module.model.enable(ranks, pl_module.seed)
+        pl_module.switch.take_on(ranks)
+        self.searches, self.decided = 1, 0
+        self.on_found(result)
+        self.on_decision(pl_module, Decision(0, result.scores or {}, _all(pl_module, ranks), "before training"))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """How long training is, and an epoch of it.
+
+        Raises:
+            SettingError: if no decision would ever be due.
+        """
+        steps = math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches)
+        total = int(trainer.estimated_stepping_batches)
+        chosen = self.settings
+        self.period = chosen.every if isinstance(chosen.every, int) else math.ceil(chosen.every * steps)
+        self.first = _step(chosen.start, total)
+        self.last = _step(chosen.stop, total)
+        if not any(self._is_due(step, step % steps) for step in range(1, total)):
+            raise SettingError(
+                "allocation",
+                f"every={chosen.every}, start={chosen.start}, stop={chosen.stop}",
+                f"no decision would come in {total} steps, {steps} an epoch",
+            )
+
+    def _is_due(self, step: int, in_epoch: int) -> bool:
+        """Whether a decision comes before this step (from 0)."""
+        counted = step if isinstance(self.settings.every, int) else in_epoch
+        return counted % self.period == 0 and self.first <= step < self.last
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide, if it is time; never between batches whose gradients make one step."""
+        step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches or step == self.decided:
+            return
+        if not self._is_due(step, batch_idx // trainer.accumulate_grad_batches):
+            return
+        assert isinstance(pl_module, LitAdapted)
+        self._decide(trainer, pl_module, batch, step)
+
+    def _decide(self, trainer: L.Trainer, lit: LitAdapted, batch: Mapping[str, torch.Tensor], step: int) -> None:
+        switch = lit.switch
+        assert switch is not None
+        before, why = switch.live, f"step {step}"
+        standing = Standing(before, self.settings.margin, self.settings.factors == "own")
+        scores: Mapping[str, Any] = {}
+        after = before
+        try:
+            result = self.run_search(lit, Moment(step, self.searches, standing))
+            scores, after = result.scores or {}, _all(lit, result.allocation.ranks)
+        except DegenerateScores as error:  # what is trained is not given up for scores that say nothing
+            why = f"step {step}: nothing changed, {error}"
+            _log.warning("%s", why)
+        self.searches, self.decided = self.searches + 1, step
+        gained, lost = changes(before, after)
+        if gained or lost:
+            loss = _loss(lit, batch)
+            switch.to(after, trainer.optimizers[0])
+            jump = _loss(lit, batch) - loss
+            lit.note({"switch/on": len(gained), "switch/off": len(lost), "switch/jump": jump}, step)
+            _log.info("step %d: %d sites gain, %d lose; the loss jumps by %+.2e", step, len(gained), len(lost), jump)
+            why = f"step {step}: {len(gained)} gain, {len(lost)} lose, jump {jump:+.2e}"
+        self.on_decision(lit, Decision(step, scores, after, why))
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many searches there were, and when the last was."""
+        return {"searches": self.searches, "decided": self.decided}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.searches, self.decided = state_dict["searches"], state_dict["decided"]
+
+
+def _all(lit: LitAdapted, ranks: Mapping[str, int]) -> dict[str, int]:
+    """A rank for every site of the space."""
+    return {name: ranks.get(name, 0) for name in lit.model.ranks}
+
+
+def _step(moment: int | float, total: int) -> int:
+    return moment if isinstance(moment, int) else round(moment * total)
+
+
+@torch.no_grad()
+def _loss(lit: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
+    """Of one batch, without dropout."""
+    model = lit.model
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        return lit.scalar_loss(model, batch).item()
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,216 @@
+"""Adapters and their optimizer state, while an allocation changes in the middle of training.
+
+What stays the same: a site whose rank does not change keeps its very tensors, moments and step count. A site that is
+switched on starts with B = 0, or where it was when it was switched off, if that was kept; one that grows or shrinks
+keeps its first units of rank. So growing changes no output, and shrinking only what the dropped units gave.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from heterolora.model import AdaptedModel, adapter_dtype
+
+Off = Literal["keep", "reset", "freeze"]
+
+_UNITS = {"A": 0, "B": 1}
+"""Factor -> the dimension that counts units of rank."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+State = dict[str, torch.Tensor]
+"""``A``, ``B`` and, once trained, ``A.exp_avg``, ``A.exp_avg_sq``, ``A.step``, ... of one adapter."""
+
+
+class Switch:
+    """Switches the sites of a model on and off, with what its optimizer knows of them.
+
+    Args:
+        model: the adapted model.
+        seed: of fresh adapters.
+        off: what becomes of a unit that is switched off: ``reset`` drops it; ``keep`` holds it as it is until it is
+            switched on again; ``freeze`` leaves its site in the function, no longer trained (whole sites alone).
+    """
+
+    def __init__(self, model: AdaptedModel, seed: int, off: Off) -> None:
+        self.model = model
+        self.seed = seed
+        self.off = off
+        self._kept: dict[str, State] = {}
+        self._all: int | None = None  # units of each site that are held, on or off
+
+    @property
+    def live(self) -> dict[str, int]:
+        """Rank that is trained at each site of the space."""
+        frozen = self.model.frozen
+        return {name: 0 if name in frozen else rank for name, rank in self.model.ranks.items()}
+
+    @property
+    def kept_parameters(self) -> int:
+        """Adapter parameters in memory beside those of the model."""
+        beside = [name for name in self._kept if self.off != "freeze" or name not in self.model.held]
+        return sum(self._kept[name][key].numel() for name in beside for key in _UNITS)
+
+    def hold_all(self, rank: int) -> None:
+        """Hold units of every site from now on, on or off, as the paper's code does; before any is switched on.
+
+        Args:
+            rank: units of each site; fewer where ``min(in, out)`` is less.
+        """
+        self._all = rank
+        self._kept = {site.name: self._spare(site.name, rank) for site in self.model.space.sites}
+
+    def take_on(self, ranks: Mapping[str, int]) -> None:
+        """These were enabled in the model, and need not be held beside it."""
+        for name, rank in ranks.items():
+            self._let_go(name, rank)
+
+    def to(self, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer) -> None:
+        """Give the sites these ranks.
+
+        Args:
+            ranks: site -> rank; sites that are not named get none.
+            optimizer: trains the adapters, in its group of the name ``adapters``.
+        """
+        live, before = self.live, {name: self.model.adapter(name) for name in self.model.held}
+        after: dict[str, nn.Module] = {}
+        states: dict[nn.Parameter, State] = {}
+        for name, old in live.items():
+            new = ranks.get(name, 0)
+            if new == old:
+                if name in before:
+                    after[name] = before[name]
+                continue
+            if name in before and self.off != "reset":
+                self._keep(name, _state(before[name], optimizer))
+            elif self._all is not None and not new:
+                self._kept[name] = self._spare(name, self._all)
+            if self.off == "freeze":
+                after[name] = before.get(name) or self._fresh(name, new)
+                self._train(after[name], bool(new))
+            elif new:
+                after[name] = self._fresh(name, new)
+            if new:
+                known = _state(before[name], optimizer) if old else self._kept.get(name, {})
+                if self.off == "keep" and old and new > old:
+                    known = _longer(known, self._kept[name])
+                states |= _filled(after[name], known)
+                self._let_go(name, new)
+        self.model.install(after)
+        self._hand_over(optimizer, states)
+
+    def _let_go(self, name: str, rank: int) -> None:
+        """All units of a site are in the model again."""
+        if name in self._kept and rank >= len(self._kept[name]["A"]):
+            del self._kept[name]
+
+    def _spare(self, name: str, rank: int) -> State:
+        """Factors of a fresh adapter."""
+        site = self.model.site(name)
+        adapter: Any = self._fresh(name, min(rank, site.in_features, site.out_features))
+        return {key: getattr(adapter, key).detach() for key in _UNITS}
+
+    def _fresh(self, name: str, rank: int) -> nn.Module:
+        backbone, site = self.model.backbone, self.model.site(name)
+        adapter = self.model.family.build(site, rank, self.seed)
+        return adapter.to(device=next(backbone.parameters()).device, dtype=adapter_dtype(backbone))
+
+    @staticmethod
+    def _train(adapter: nn.Module, on: bool) -> None:
+        for parameter in adapter.parameters():
+            parameter.requires_grad_(on)
+
+    def _keep(self, name: str, state: State) -> None:
+        """What is known of the site now; units beyond its rank stay as they were kept before."""
+        self._kept[name] = _longer(state, self._kept.get(name, {}))
+
+    def _hand_over(self, optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, State]) -> None:
+        """The optimizer's group holds what is trained now, in the model's order, as after a resume."""
+        group = next(group for group in optimizer.param_groups if group.get("name") == "adapters")
+        for parameter in group["params"]:
+            parameter.grad = None
+        trained = trained_parameters(self.model)
+        staying = set(trained)
+        for parameter in group["params"]:
+            if parameter not in staying:
+                optimizer.state.pop(parameter, None)
+        group["params"] = trained
+        for parameter, state in states.items():
+            optimizer.state.pop(parameter, None)
+            if state:
+                optimizer.state[parameter] = dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is kept, by site."""
+        return {"kept": {name: dict(state) for name, state in self._kept.items()}, "all": self._all}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what was kept."""
+        device = next(self.model.backbone.parameters()).device
+        self._all = state["all"]
+        self._kept = {
+            name: {key: value.to(device) for key, value in kept.items()} for name, kept in state["kept"].items()
+        }
+
+
+def trained_parameters(model: AdaptedModel) -> list[nn.Parameter]:
+    """Factors that are trained, in the model's order."""
+    return [parameter for parameter in model.adapters.parameters() if parameter.requires_grad]
+
+
+def _state(adapter: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Copies of an adapter's factors and of what the optimizer knows of them."""
+    found: State = {}
+    for key in _UNITS:
+        parameter = getattr(adapter, key)
+        found[key] = parameter.detach().clone()
+        for name, value in optimizer.state.get(parameter, {}).items():
+            found[f"{key}.{name}"] = value.detach().clone()
+    return found
+
+
+def _longer(first: State, then: State) -> State:
+    """The units of one state, followed by those that another has beyond them."""
+    if not then:
+        return first
+    joined = {}
+    for key, value in (then | first).items():
+        dim = _UNITS[key[0]]
+        if key.endswith(".step"):
+            joined[key] = value
+            continue
+        parts = [state[key] if key in state else torch.zeros_like(state[key[0]]) for state in (first, then)]
+        have = parts[0].shape[dim]
+        joined[key] = torch.cat([parts[0], parts[1].narrow(dim, have, max(0, parts[1].shape[dim] - have))], dim)
+    return joined
+
+
+@torch.no_grad()
+def _filled(adapter: Any, known: State) -> dict[nn.Parameter, State]:
+    """Fill an adapter's first units with those that are known; parameter -> what its optimizer shall know."""
+    states: dict[nn.Parameter, State] = {}
+    for key, dim in _UNITS.items():
+        parameter = getattr(adapter, key)
+        if key not in known:
+            states[parameter] = {}
+            continue
+        units = min(parameter.shape[dim], known[key].shape[dim])
+        parameter.narrow(dim, 0, units).copy_(known[key].narrow(dim, 0, units))
+        states[parameter] = {}
+        if f"{key}.step" in known:
+            states[parameter]["step"] = known[f"{key}.step"].clone()
+            for name in _MOMENTS:
+                moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                moment.narrow(dim, 0, units).copy_(known[f"{key}.{name}"].narrow(dim, 0, units))
+                states[parameter][name] = moment
+    return states
+
+
+def changes(before: Mapping[str, int], after: Mapping[str, int]) -> tuple[list[str], list[str]]:
+    """Sites that gain units, and sites that lose some."""
+    names: Iterable[str] = before.keys() | after.keys()
+    moved = sorted(name for name in names if before.get(name, 0) != after.get(name, 0))
+    gained = [name for name in moved if after.get(name, 0) > before.get(name, 0)]
+    return gained, [name for name in moved if name not in gained]
