@@ -1,5 +1,5 @@
 # make train | test | test-quick | test-slow | tournament-small | allocation-table | proxy-scores
-# make bench | bench-end-to-end | bench-short | lint | format | clean
+# make bench | bench-end-to-end | bench-short | crash-test | lint | format | clean
 # settings: VENV, PYTHON, TORCH_INDEX, ARGS
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores bench bench-end-to-end bench-short lint format clean
+.PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores bench bench-end-to-end bench-short crash-test lint format clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
@@ -47,6 +47,10 @@ bench-end-to-end: $(VENV)/installed-dev
 # Tiny models and two repetitions: fails if ours and PEFT's compute different values, never on a time.
 bench-short: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed --short $(ARGS)
+
+# Kill runs at random moments, go on with them, and compare every bit with runs that were not killed (ten minutes).
+crash-test: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.crash_test $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -83,7 +83,7 @@ class Switch:
                 if name in before:
                     after[name] = before[name]
                 continue
-            if name in before and self.off != "reset":
+            if old and self.off != "reset":  # a frozen one was kept when it was switched off
                 self._keep(name, _state(before[name], optimizer))
             elif self._all is not None and not new:
                 self._kept[name] = self._spare(name, self._all)

@@ -1,16 +1,15 @@
 """Going on after a crash: the same bits, whatever was lost, and only from what is whole."""
 
-import json
 import logging
 import random
 
 import lightning as L
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from benchmarks.crash_test import main as crash_test
+from benchmarks.crash_test import what_came_out
 from heterolora.checkpoints import FOLDER, digest_of, newest_first, newest_good, random_states, restore_random_states
 from heterolora.resume import is_running, this_process
 from heterolora.run import RunFailed
@@ -33,21 +32,6 @@ def stop(epoch, batch):
 def break_off(folder, *overrides):
     with pytest.raises(RuntimeError, match="broken off"):
         run_job(folder, *overrides)
-
-
-def what_came_out(run):
-    """Everything that a run leaves and that does not depend on the clock or on its folder."""
-    tensors = load_file(run / "adapter.safetensors")
-    summary = json.loads((run / "summary.json").read_text())
-    curves = pd.read_csv(run / "metrics.csv")
-    return {
-        "tensors": {name: value.numpy().tobytes() for name, value in tensors.items()},
-        "metrics": summary["metrics"],
-        "steps": summary["steps"],
-        "curves": curves[sorted(curves)].to_csv(index=False),
-        "predictions": (run / "predictions_test.csv").read_text(),
-        "ranks": json.loads((run / "allocation.json").read_text())["ranks"],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +141,9 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it():
     assert not is_running({**parent, "born": 12345678987})
     assert not is_running({**parent, "host": "elsewhere"})
     assert not is_running({"state": "running", **me})  # this very process runs one job at a time
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_end_as_those_that_are_not(capfd):
+    assert crash_test(["--points", "3", "--seed", "7"]) == 0
+    assert "3 of 3 identical" in capfd.readouterr().out
