@@ -109,6 +109,9 @@ class LitAdapted(L.LightningModule):
         self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {}
         self.found: dict[str, dict[str, float]] = {}  # split -> metric -> value, of its last evaluation
         self.validated_step: int | None = None
+        self._in_curves: int | None = (
+            None  # step of the validation that is in the curves, in an earlier process perhaps
+        )
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, torch.Tensor] = {}
         self._epoch_loss = torch.zeros((), dtype=torch.float64)  # sum over the epoch's examples so far
@@ -195,8 +198,9 @@ class LitAdapted(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics."""
-        self._end("validation")
         self.validated_step = self.trainer.global_step
+        self._end("validation", curves=self._in_curves != self.validated_step)
+        self._in_curves = self.validated_step
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of every test split."""
@@ -223,12 +227,13 @@ class LitAdapted(L.LightningModule):
         kept = {"index": batch["index"], "labels": batch["labels"], "prediction": predictions, "logits": logits.float()}
         self.outputs[split].append({key: value.cpu() for key, value in kept.items()})
 
-    def _end(self, split: str) -> None:
+    def _end(self, split: str, curves: bool = True) -> None:
         computed = self._metrics[split].compute()
         found = {name: computed[name] for name in self.task.metrics}
         found["loss"] = self._losses[split] / sum(len(part["index"]) for part in self.outputs[split])
         for name, value in found.items():
-            self.log(f"{split}/{name}", value, prog_bar=split == "validation" and name != "loss")
+            shown = split == "validation" and name != "loss"
+            self.log(f"{split}/{name}", value, prog_bar=shown, logger=curves)
         self.found[split] = {name: value.item() for name, value in found.items()}
 
     def predictions(self, split: str) -> dict[str, torch.Tensor]:
@@ -267,6 +272,7 @@ class LitAdapted(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Ranks travel with the weights, and what identifies the run they belong to."""
         checkpoint["ranks"] = {name: rank for name, rank in self.model.ranks.items() if rank}
+        checkpoint["in_curves"] = self._in_curves
         checkpoint["frozen"] = sorted(self.model.frozen)
         checkpoint["switch"] = None if self.switch is None else self.switch.state_dict()
         checkpoint["identity"] = self.identity
@@ -284,6 +290,7 @@ class LitAdapted(L.LightningModule):
                 raise SettingError("resume", "this checkpoint", f"it was made with other {what} than there are now")
         self.model.enable(checkpoint["ranks"], self.seed)
         self.model.freeze(checkpoint["frozen"])
+        self._in_curves = checkpoint["in_curves"]
         if self.switch is not None:
             self.switch.load_state_dict(checkpoint["switch"])
         self._epoch_loss, self._epoch_rows = checkpoint["epoch_loss"]["sum"], checkpoint["epoch_loss"]["rows"]

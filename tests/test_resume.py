@@ -106,6 +106,19 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_anew(tmp_path, whole, 
     assert what_came_out(tmp_path / "second") == whole
 
 
+class StopTest(L.Callback):
+    """Breaks off when training is over."""
+
+    def on_test_start(self, trainer, pl_module):
+        raise RuntimeError("broken off by the test")
+
+
+def test_a_run_broken_off_after_training_is_only_evaluated(tmp_path, whole):
+    break_off(tmp_path / "first", *STATIC, f"+callbacks.stop._target_={StopTest.__module__}.StopTest")
+    run_job(tmp_path / "second", *STATIC, "resume=true")
+    assert what_came_out(tmp_path / "second") == whole
+
+
 class Draws(L.Callback):
     """Uses all global generators after each batch, and keeps the sum of what they gave."""
 
