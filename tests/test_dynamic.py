@@ -63,8 +63,9 @@ def test_decisions_are_kept_within_the_budget_and_the_last_one_is_the_runs(tmp_p
     assert (tmp_path / "a" / "history.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("place", [(0, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "place"), [*((variant, (0, 3)) for variant in VARIANTS), ("top", (1, 0)), ("paper", (1, 1))], ids=str
+)
 def test_a_run_broken_off_anywhere_resumes_to_the_same_bits_and_decisions(tmp_path, variant, place):
     settings = [*VARIANTS[variant], *TRAINED]
     run_job(tmp_path / "whole", *settings)
