@@ -34,15 +34,17 @@ from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.prefix_cache import FrozenPrefix
 from heterolora.provenance import provenance, versions
+from heterolora.proxies.base import looks_at_batches
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
-from heterolora.scoring import SearchResult, check_budget, rehearse, search
+from heterolora.scoring import SearchResult, check_budget, check_trained, rehearse, search
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
 from heterolora.step_time import StepLimit, StepTimes, in_short, shown
 from heterolora.tasks.base import Task
+from heterolora.tasks.measure import FirstMetric
 
 _log = logging.getLogger(__name__)
 
@@ -131,6 +133,8 @@ class _Run:
         budget = parts.budget.resolve(space)
         check_budget(parts.allocator, budget, space, parts.adapter)
         rehearse(parts.allocator, budget, space, parts.adapter)
+        if self._scored:
+            check_trained({self._proxy_name: parts.proxy}, parts.probe, model)
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {"backbone weights": backbone.fingerprint, "data": digest(splits, task)}
         prefix = self._prefix(data, model, backbone)
@@ -199,7 +203,7 @@ class _Run:
     @property
     def _scored(self) -> bool:
         """Whether batches are looked at before training."""
-        return self.parts.allocator.gain_rule is not None and bool(self.parts.proxy.statistics)
+        return self.parts.allocator.gain_rule is not None and looks_at_batches(self.parts.proxy)
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +229,7 @@ class _Run:
             proxy_name=self._proxy_name,
             track=track,
             limit=lambda: self._limit(lit, data),
+            measure=FirstMetric(parts.task),
         )
         found = result.allocation
         lit.search_seconds = result.seconds

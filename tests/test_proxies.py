@@ -40,6 +40,8 @@ def probe(**changes) -> Probe:
         "reduction": "mean",
         "head_warmup_steps": 0,
         "head_warmup_lr": 1e-3,
+        "adapter_warmup_steps": 0,
+        "adapter_warmup_lr": 1e-2,
     }
     return Probe(**(settings | changes))
 

@@ -254,7 +254,7 @@ if what == "step":
         optimizer.step()
 else:
     proxies = {name: build(option("proxy", name), "p") for name in what.split(",")}
-    probe = Probe("random", False, 0.02, 1, 3, "mean", 0, 1e-3)
+    probe = Probe("random", False, 0.02, 1, 3, "mean", 0, 1e-3, 0, 1e-3)
     score_all(model, loss, batches, [], proxies=proxies, probe=probe, seed=0)
 print(peak_mib() - before)
 """
