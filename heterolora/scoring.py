@@ -60,9 +60,9 @@ class Probe:
         head_warmup_steps: train the head alone for so many steps before scoring (it is put back afterwards): a
             gradient through a random head is mostly noise.
         head_warmup_lr: AdamW's learning rate for that.
-        adapter_warmup_steps: then train fresh adapters (``init`` plays no part in them) at all candidate sites, together
-            with the head, for so many steps on the batches that follow. They and their head are what proxies that need
-            trained adapters see, in place of what the model holds; with ``live``, every proxy does.
+        adapter_warmup_steps: then train fresh adapters (always initialised as by ``lora``) at all candidate sites,
+            together with the head, for so many steps on the batches that follow. They and their head are what proxies
+            that need trained adapters see, in place of what the model holds; with ``live``, every proxy does.
         adapter_warmup_lr: AdamW's learning rate of these adapters; the head's stays ``head_warmup_lr``.
     """
 
@@ -403,7 +403,7 @@ def check_trained(proxies: Mapping[str, Proxy], probe: Probe, model: AdaptedMode
         raise SettingError(
             "probe.adapter_warmup_steps",
             0,
-            f"proxy={','.join(needing)} needs trained adapters; the paper trains for 32",
+            f"proxy={','.join(needing)} needs trained adapters; the paper: 32",
         )
 
 

@@ -69,9 +69,7 @@ class AlphaTest:
         standing = standing_adapters(evidence)
         tested = [name for name, adapter in standing.items() if speaks(adapter)]
         if not tested:
-            raise SettingError(
-                "probe.adapter_warmup_steps", 0, "alpha_test needs trained adapters; the paper trains 32"
-            )
+            raise SettingError("probe.adapter_warmup_steps", 0, "alpha_test needs trained adapters; the paper: 32")
         gated: dict[str, Any] = {name: Gated(adapter) for name, adapter in standing.items()}
         found = {site.name: 0.0 for site in evidence.sites}
         with torch.no_grad(), bench.model.swapped(gated):
