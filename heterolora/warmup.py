@@ -1,8 +1,10 @@
 """Training before scoring: of the head alone, and of adapters at every candidate site together with it."""
 
 import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -63,10 +65,14 @@ def warm_up_adapters(
         groups = [{"params": list(model.adapters.parameters()), "lr": lr}]
         if head:
             groups.append({"params": head, "lr": head_lr})
-        first, last = _train(model, loss, batches, groups, steps, track, "adapter")
+        losses = _train(model, loss, batches, groups, steps, track, "adapter")
         for parameter in model.adapters.parameters():
             parameter.grad = None
-    _log.info("adapters at %d sites warmed up in %d steps: loss %.4f, then %.4f", len(adapters), steps, first, last)
+    share = -(-steps // 4)
+    _log.info(
+        "adapters at %d sites warmed up in %d steps: mean loss %.4f in the first %d, %.4f in the last %d",
+        *(len(adapters), steps, fmean(losses[:share]), share, fmean(losses[-share:]), share),
+    )
 
 
 def _train(
@@ -77,21 +83,21 @@ def _train(
     steps: int,
     track: Track,
     what: str,
-) -> tuple[float, float]:
-    """The first loss, and the last."""
+) -> list[float]:
+    """The loss of each step."""
     model.eval()
     optimizer = torch.optim.AdamW([dict(group) for group in groups], weight_decay=0.0)
-    losses: list[torch.Tensor] = []
+    losses: list[float] = []
     for batch in track(islice(batches, steps), f"warming up the {what}s".replace("heads", "head"), steps):
         optimizer.zero_grad()
         value = loss(model, batch)
-        if not torch.isfinite(value):
+        losses.append(value.item())
+        if not math.isfinite(losses[-1]):
             raise FloatingPointError(
-                f"the loss of {what} warm-up step {len(losses)} is {value.item()}; lower probe.{what}_warmup_lr"
+                f"the loss of {what} warm-up step {len(losses)} is {losses[-1]}; lower probe.{what}_warmup_lr"
             )
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        losses.append(value.detach())
     if len(losses) < steps:
         raise SettingError(f"probe.{what}_warmup_steps", steps, "there are no batches to warm up on; use 0")
-    return losses[0].item(), losses[-1].item()
+    return losses

@@ -221,6 +221,7 @@ def test_every_option_trains(tmp_path, option):
         "budget=params": ["budget.value=2000"],
         "budget=qv_r2": ["allocator=top", "allocator.rank=2"],
         **{f"proxy={name}": ["search_space=lora_all"] for name in ("gora", "magnitude", "plop")},  # of frozen weights
+        "proxy=alpha_test": ["probe.adapter_warmup_steps=8", "probe.adapter_warmup_lr=0.3", "proxy.tolerance=0"],
     }
     (tmp_path / "ranks.json").write_text(json.dumps({"0.q": 2, "1.shortcut_ffn": 3}))
     summary = run_job(tmp_path / "a", option, *extra.get(option, []), "trainer.max_steps=2", "logger=none")
