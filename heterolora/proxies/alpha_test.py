@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class AlphaTest:
     """The smallest gate in {0, 0.1, ..., 1} on a site's delta that keeps the metric, all other sites at 1.
 
     The metric is the task's first one, on the scoring batches (of the training split), in evaluation mode, by forward
-    passes alone; where only a loss is known, it is the loss. It is kept as long as it is no worse than that with all
+    passes alone; where only a loss is known, it is the mean loss. It is kept as long as it is no worse than that with all
     gates at 1 by more than ``tolerance`` times its absolute value. For a positive accuracy that is the paper's
     ``base * (1 - tolerance)``, for a loss ``base * (1 + tolerance)``; for a negative correlation it is the same
     distance, downwards. The gate is found by binary search, as in the paper, after a first look at gate 0: that is
@@ -38,15 +38,18 @@ class AlphaTest:
 
     Args:
         tolerance: share of the metric that may be lost.
+        metric: ``task``, its first one; or ``loss``, which also moves where no prediction turns yet, as after a short
+            warm-up.
     """
 
     tolerance: float
+    metric: Literal["task", "loss"]
 
     control = False
     needs_trained = True
     remedy = (
         "train the adapters that are tested for longer (probe.adapter_warmup_steps, probe.adapter_warmup_lr), look at "
-        "more batches (probe.batches), or change proxy.tolerance: smaller if all gates are 0"
+        "more batches (probe.batches), or take a finer metric (proxy.metric=loss) or a smaller proxy.tolerance"
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +77,7 @@ class AlphaTest:
         found = {site.name: 0.0 for site in evidence.sites}
         with torch.no_grad(), bench.model.swapped(gated):
             bench.model.eval()
-            trial = Trial(bench, gated)
+            trial = Trial(bench, gated, self.metric)
             base = trial.base()
             _check_base(trial.measure, base, bench)
             found |= {name: gate / GATES for name, gate in self._search(trial, tested, base).items()}
@@ -133,12 +136,14 @@ class Trial:
     Args:
         bench: model, batches and metric; the model holds the gated adapters.
         gated: site -> its gate.
+        metric: the bench's, or its loss.
     """
 
-    def __init__(self, bench: Bench, gated: Mapping[str, Gated]) -> None:
+    def __init__(self, bench: Bench, gated: Mapping[str, Gated], metric: Literal["task", "loss"]) -> None:
         self.bench = bench
         self.gated = gated
-        self.measure: Measure = bench.measure or MeanLoss(bench.loss)
+        known = bench.measure if metric == "task" else None
+        self.measure: Measure = known or MeanLoss(bench.loss)
         self.passes = 0
         self.whole_passes = 0.0
         sites = {site.name: site for site in bench.model.space.sites if site.name in gated}
@@ -233,7 +238,8 @@ def _check_base(measure: Measure, base: float, bench: Bench) -> None:
     if (base <= constant) if measure.mode == "max" else (base >= constant):
         _log.warning(
             "alpha_test: with the trained adapters, %s on the scoring batches is %.4f, and the same answer to every "
-            "example has %.4f: the gates are noise; raise probe.adapter_warmup_steps or probe.adapter_warmup_lr",
+            "example has %.4f: the gates are noise; train for longer (probe.adapter_warmup_steps, "
+            "probe.adapter_warmup_lr), or take proxy.metric=loss",
             measure.name,
             base,
             constant,
