@@ -221,7 +221,12 @@ def test_every_option_trains(tmp_path, option):
         "budget=params": ["budget.value=2000"],
         "budget=qv_r2": ["allocator=top", "allocator.rank=2"],
         **{f"proxy={name}": ["search_space=lora_all"] for name in ("gora", "magnitude", "plop")},  # of frozen weights
-        "proxy=alpha_test": ["probe.adapter_warmup_steps=4", "proxy.metric=loss", "proxy.tolerance=1e-4"],
+        "proxy=alpha_test": [
+            "probe.adapter_warmup_steps=8",
+            "probe.adapter_warmup_lr=0.02",
+            "proxy.metric=loss",
+            "proxy.tolerance=0",
+        ],
     }
     (tmp_path / "ranks.json").write_text(json.dumps({"0.q": 2, "1.shortcut_ffn": 3}))
     summary = run_job(tmp_path / "a", option, *extra.get(option, []), "trainer.max_steps=2", "logger=none")
@@ -266,7 +271,7 @@ BAD = [
     (["allocator=uniform", "budget=params", "budget.value=200"], r"budget=200: rank 1 at all"),
     (["proxy=snip", "probe.init=lora"], r"proxy=snip: every score is 0.*probe\.init=random"),
     (["proxy=alpha_test"], r"probe\.adapter_warmup_steps=0: proxy=alpha_test needs trained adapters; the paper: 32"),
-    (["proxy=alpha_test", "proxy.tolerance=2"], r"proxy\.tolerance=2: a share"),
+    (["proxy=alpha_test", "proxy.tolerance=2"], r"proxy\.tolerance=2\.0: a share"),
     (["proxy._target_=nowhere.Proxy"], r"proxy\._target_=nowhere\.Proxy: cannot be imported"),
     (["task.max_length=2"], r"task\.max_length=2"),
     (["resume=7"], "resume=7: true, false or the folder"),

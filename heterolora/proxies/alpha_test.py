@@ -27,7 +27,7 @@ class AlphaTest:
     """The smallest gate in {0, 0.1, ..., 1} on a site's delta that keeps the metric, all other sites at 1.
 
     The metric is the task's first one, on the scoring batches (of the training split), in evaluation mode, by forward
-    passes alone; where only a loss is known, it is the mean loss. It is kept as long as it is no worse than that with all
+    passes alone; where only a loss is known, it is the mean loss. It is kept as long as it is no worse than with all
     gates at 1 by more than ``tolerance`` times its absolute value. For a positive accuracy that is the paper's
     ``base * (1 - tolerance)``, for a loss ``base * (1 + tolerance)``; for a negative correlation it is the same
     distance, downwards. The gate is found by binary search, as in the paper, after a first look at gate 0: that is
@@ -145,13 +145,18 @@ class Trial:
         known = bench.measure if metric == "task" else None
         self.measure: Measure = known or MeanLoss(bench.loss)
         self.passes = 0
-        self.whole_passes = 0.0
+        self.blocks = 0
         sites = {site.name: site for site in bench.model.space.sites if site.name in gated}
         self.layers = {name: site.layer for name, site in sorted(sites.items(), key=lambda item: item[1].layer)}
         self.reason = no_prefix(bench.model)
         stacks = bench.model.space.survey.stacks.values()
         self._depth = max((len(stack.blocks) for stack in stacks), default=1)
         self._points = Waypoints(bench.model)
+
+    @property
+    def whole_passes(self) -> float:
+        """As many forward passes of the whole model run as many blocks."""
+        return self.blocks / self._depth
 
     def base(self) -> float:
         """The metric with all gates at 1; a first look, too, at whether blocks can be skipped without a trace."""
@@ -212,7 +217,7 @@ class Trial:
 
     def _count(self, skipped: int) -> None:
         self.passes += 1
-        self.whole_passes += 1 - skipped / self._depth
+        self.blocks += self._depth - skipped
 
 
 def standing_adapters(evidence: Evidence) -> dict[str, Any]:
