@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+import heterolora
 from heterolora.adapters.lora import LoRA
 from heterolora.build import build
 from heterolora.errors import SettingError
@@ -507,3 +508,26 @@ def test_a_constant_answer_to_numbers_is_their_mean(metric, mode, constant):
     measure = FirstMetric(task("stsb", metrics=[metric], mode=mode))
     batches = labelled([1.0, 2.0, 3.0, 4.0], (2, 2))
     assert measure.of_a_constant(batches) == pytest.approx(constant)  # the variance; not defined, so 0
+
+
+# -- from outside -----------------------------------------------------------------------------------------------------
+
+
+def test_the_library_goes_by_the_loss_and_takes_a_model_with_trained_adapters():
+    model, batches = trained("bert", ["shortcut"])
+    given = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    labels = {id(batch["input_ids"]): batch["labels"] for batch in batches}
+
+    def loss_fn(backbone, batch):
+        return torch.nn.functional.cross_entropy(backbone(**batch).logits, labels[id(batch["input_ids"])])
+
+    settings = {"proxy": AlphaTest(0.01, "task"), "probe": probe(), "budget": 300}
+    found = heterolora.search(model, given, loss_fn, **settings)
+    assert found.scores == scores(model, batches)
+    plain = make_backbone("bert")
+    with pytest.raises(SettingError, match=r"probe\.adapter_warmup_steps=0: proxy=alphatest"):
+        heterolora.search(plain, given, loss_fn, **settings)
+    taken = []
+    endless = (taken.append(1) or given[len(taken) % 2] for _ in range(100))
+    heterolora.search(plain, endless, loss_fn, "shortcuts", **settings | {"probe": probe(**TRAINING)})
+    assert len(taken) == 2 + 2 + 4  # scored, for the head, for the adapters
