@@ -23,10 +23,10 @@ from heterolora.errors import SettingError
 from heterolora.export import config_to_train
 from heterolora.model import AdaptedModel, carries_adapters
 from heterolora.provenance import provenance
-from heterolora.proxies.base import Proxy, Score, check_scores
+from heterolora.proxies.base import Proxy, Score, check_scores, looks_at_batches
 from heterolora.report.files import read_json, write_json
 from heterolora.report.picture import allocation_figure
-from heterolora.scoring import Probe, allocate, batch_size, check_budget, rehearse, score
+from heterolora.scoring import Probe, allocate, batch_size, check_budget, check_trained, rehearse, score
 from heterolora.shipped import default, option, options
 from heterolora.space import SearchSpace, Space, survey
 from heterolora.step_time import StepTimes
@@ -141,7 +141,7 @@ def search(
         model: a transformers model, or an adapted one (see ``from_peft``), whose adapters then take part.
         dataloader: batches of training examples as the model takes them, and what ``loss_fn`` needs. The first
             ``probe.batches`` are scored (with the default probe: as many as there are, if fewer), the next ones warm
-            the head up. None: nothing looks at data.
+            up the head, and then the adapters of a proxy that needs trained ones. None: nothing looks at data.
         loss_fn: of the model and a batch; None: the loss that the model gives itself for a batch with ``labels``.
         search_space: which sites compete.
         proxy: scores them.
@@ -307,12 +307,16 @@ def _score(
     device = next(model.backbone.parameters()).device
     if device.type == "meta":
         raise SettingError("model", "on the meta device", "has no weights to score; give scores")
-    wanted = settings.batches + settings.head_warmup_steps if proxy.statistics else 0
+    check_trained({name: proxy}, settings, model)
+    looks, wanted = looks_at_batches(proxy), 0
+    if looks:
+        wanted = settings.batches + settings.head_warmup_steps
+        wanted += settings.adapter_warmup_steps if settings.trains_adapters([proxy]) else 0
     with torch.random.fork_rng():  # a dataloader draws from the global generator
         batches = [_moved(batch, device) for batch in islice(dataloader or (), wanted)]
     if wanted and not batches:
         raise SettingError("dataloader", dataloader, "gives no batches to score")
-    if probe is not None and len(batches) < settings.batches and proxy.statistics:
+    if probe is not None and len(batches) < settings.batches and looks:
         raise SettingError("probe.batches", probe.batches, f"the dataloader gives {len(batches)} batches")
     scored = batches[: settings.batches]
     loss = loss_fn or _own_loss

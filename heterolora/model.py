@@ -50,6 +50,13 @@ class _Run:
         self.calls: dict[HookPoint, int] = {}
         self.narrow: dict[tuple[str, ...], tuple[torch.Tensor, dict[str, torch.Tensor], int]] = {}
 
+    def copied(self) -> "_Run":
+        """The same tensors, to go on from more than once."""
+        run = _Run()
+        run.taps, run.shifts, run.calls = dict(self.taps), dict(self.shifts), dict(self.calls)
+        run.narrow = {names: (source, dict(parts), seen) for names, (source, parts, seen) in self.narrow.items()}
+        return run
+
     def count(self, point: HookPoint) -> int:
         """How often this was asked before."""
         self.calls[point] = self.calls.get(point, -1) + 1
@@ -268,6 +275,15 @@ class AdaptedModel(nn.Module):
             yield
         finally:
             self._paused = before
+
+    def moment(self) -> _Run:
+        """What the running forward has seen so far, for another one to go on from."""
+        return self._run.copied()
+
+    def go_on(self, moment: _Run) -> None:
+        """From here on, the running forward is the one that ``moment`` was taken of; hooks act again if paused."""
+        self._run = moment.copied()
+        self._paused = False
 
     @property
     def frozen(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from heterolora.data.module import TextData
 from heterolora.lit import LitAdapted
 from heterolora.proxies.base import Proxy
 from heterolora.report.memory import kept_mib, now_mib
-from heterolora.scoring import Probe, needs_head
+from heterolora.scoring import Probe, sees_head
 from heterolora.trainer import TrainerSettings
 
 
@@ -37,6 +37,7 @@ def planned(
     head = sum(parameter.numel() for parameter in model.head_parameters.values())
     trained = head + (resolved if isinstance(resolved, int) else 0)
     optimizer = trained * 4 * 4 / 2**20  # value, gradient and two moments, in float32
+    warmed = proxy is not None and probe.trains_adapters([proxy])
     loaded, kept = now_mib(), kept_by_a_step(module, data.longest_batch())
     return {
         "sites": dict(Counter(f"{site.kind}: {site.label}" for site in model.space.sites)),
@@ -45,7 +46,8 @@ def planned(
         "backbone_parameters": model.space.survey.parameters,
         "steps": {
             "optimizer steps": trainer.steps(len(data.examples["train"]), data.settings.batch_size),
-            "head warm-up steps": probe.head_warmup_steps if proxy and needs_head(proxy.statistics) else 0,
+            "head warm-up steps": probe.head_warmup_steps if warmed or (proxy and sees_head(proxy)) else 0,
+            "adapter warm-up steps": probe.adapter_warmup_steps if warmed else 0,
             "batches scored": probe.batches if proxy else 0,
         },
         "memory_mib": {

@@ -1,8 +1,8 @@
-"""The frozen prefix: blocks below everything that is active, whose output for an input never changes."""
+"""Forwards that start above the first blocks: where nothing is active below, or where what is there stays as it is."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -86,8 +86,85 @@ class Prefix:
             yield
 
     def _form(self, hidden: torch.Tensor) -> Any:
-        """As blocks give it: a tensor, or a tuple whose other elements (attention weights) nobody asked for."""
-        return hidden if self._others is None else (hidden, *[None] * self._others)
+        return _formed(hidden, self._others)
+
+
+T = TypeVar("T")
+
+
+class Waypoints:
+    """What stands where blocks begin: one forward notes it, and later ones on the same inputs start at any of them.
+
+    Below the start, adapters have acted in the forward that noted; from there on, they act as they are then. So a
+    change at one site needs the blocks from its own on (``Site.layer``), and no others.
+
+    Args:
+        model: the adapted model, in evaluation mode; one that can have a prefix (``no_prefix``).
+    """
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+        self._modules = [model.backbone.get_submodule(path) for path in _blocks(model)]
+        self._noted: dict[int, tuple[torch.Tensor, Any]] = {}
+        self._others: int | None = None  # what a block gives beside the hidden state; None: it gives a tensor
+
+    def note(self, call: Callable[[], T], blocks: Iterable[int]) -> T:
+        """Run the whole model, and keep what these blocks are given, until the next call.
+
+        Args:
+            call: runs the model on the inputs.
+            blocks: numbers of blocks, from 0.
+
+        Returns:
+            What ``call`` returns.
+        """
+        self._noted.clear()
+        with ExitStack() as exits:
+            for block in blocks:
+                exits.enter_context(_instead(self._modules[block], self._noting(block)))
+            return call()
+
+    def can_start(self, block: int) -> bool:
+        """Whether the block was given its hidden state as a positional tensor, as blocks usually are."""
+        return block in self._noted
+
+    def resumed(self, call: Callable[[], T], block: int) -> T:
+        """Run the model from a block on that was noted; those below do nothing.
+
+        Args:
+            call: as for ``note``, on the same inputs.
+            block: where to start.
+        """
+        hidden, moment = self._noted[block]
+        forward = self._modules[block].forward
+
+        def start(*args: Any, **kwargs: Any) -> Any:
+            self.model.go_on(moment)
+            return forward(hidden, *args[1:], **kwargs)
+
+        with ExitStack() as exits:
+            exits.enter_context(self.model.paused())  # what is active below has acted, and is part of ``hidden``
+            for module in self._modules[:block]:
+                exits.enter_context(_instead(module, lambda *args, **kwargs: _formed(hidden, self._others)))
+            exits.enter_context(_instead(self._modules[block], start))
+            return call()
+
+    def _noting(self, block: int) -> Callable[..., Any]:
+        forward = self._modules[block].forward
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            if args and isinstance(args[0], torch.Tensor):
+                self._noted[block] = args[0], self.model.moment()
+            output = forward(*args, **kwargs)
+            self._others = None if isinstance(output, torch.Tensor) else len(output) - 1
+            return output
+
+        return keep
+
+
+def _formed(hidden: torch.Tensor, others: int | None) -> Any:
+    """As blocks give it: a tensor, or a tuple whose other elements (attention weights) nobody asked for."""
+    return hidden if others is None else (hidden, *[None] * others)
 
 
 def _blocks(model: AdaptedModel) -> Sequence[str]:

@@ -3,32 +3,37 @@
 It leaves no trace: model, head, gradients, modes and random state are exactly as before.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
-from heterolora.adapters.base import AdapterFamily
+from heterolora.adapters.base import AdapterFamily, speaks
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator, Gains, favoured, parameters_only
 from heterolora.allocators.timed import allocate_in_time
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
-from heterolora.proxies.base import Proxy, Score, check_scores, check_weights
-from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Statistic, Track, Values, gather
+from heterolora.proxies.base import Proxy, Score, check_scores, check_weights, looks_at_batches, needs_trained
+from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Measure, Statistic, Track, Values, gather
 from heterolora.report.memory import kept_mib
 from heterolora.resampling import BatchValues, Resampled, Resampling, can_be_resampled, resampled_scores
 from heterolora.scratch import ScratchValues
 from heterolora.sites import Site
 from heterolora.space import Space
 from heterolora.step_time import StepLimit
+from heterolora.warmup import warm_up_adapters, warm_up_head
+
+_log = logging.getLogger(__name__)
 
 _FEW = 2**18
 """Numbers that are not worth a look at what a training step needs."""
@@ -49,12 +54,16 @@ class Probe:
             initialisation, B = 0).
         live: put the probe's deltas into the forward; otherwise gradients are those at the pretrained function.
         std: standard deviation of random factors.
-        rank: rank of the probe's factors.
+        rank: rank of the probe's factors, and of adapters that are warmed up.
         batches: batches of the training split that are scored.
         reduction: over batches, ``mean`` or ``sum`` of the gradients.
         head_warmup_steps: train the head alone for so many steps before scoring (it is put back afterwards): a
             gradient through a random head is mostly noise.
         head_warmup_lr: AdamW's learning rate for that.
+        adapter_warmup_steps: then train fresh adapters (always initialised as by ``lora``) at all candidate sites,
+            together with the head, for so many steps on the batches that follow. They and their head are what proxies
+            that need trained adapters see, in place of what the model holds; with ``live``, every proxy does.
+        adapter_warmup_lr: AdamW's learning rate of these adapters; the head's stays ``head_warmup_lr``.
     """
 
     init: Literal["random", "lora"]
@@ -65,15 +74,23 @@ class Probe:
     reduction: Literal["mean", "sum"]
     head_warmup_steps: int
     head_warmup_lr: float
+    adapter_warmup_steps: int
+    adapter_warmup_lr: float
 
     def __post_init__(self) -> None:
         if not 0 < self.std < math.inf:
             raise SettingError("std", self.std, "a number above 0")
-        for name, least in (("rank", 1), ("batches", 1), ("head_warmup_steps", 0)):
+        for name, least in (("rank", 1), ("batches", 1), ("head_warmup_steps", 0), ("adapter_warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise SettingError(name, getattr(self, name), f"a whole number of at least {least}")
-        if not 0 < self.head_warmup_lr < math.inf:
-            raise SettingError("head_warmup_lr", self.head_warmup_lr, "a number above 0")
+        for rate in ("head_warmup_lr", "adapter_warmup_lr"):
+            if not 0 < getattr(self, rate) < math.inf:
+                raise SettingError(rate, getattr(self, rate), "a number above 0")
+
+    def trains_adapters(self, proxies: Iterable[Proxy]) -> bool:
+        """Whether adapters are warmed up for one of these proxies."""
+        seeing = [proxy for proxy in proxies if needs_trained(proxy) or (self.live and looks_at_batches(proxy))]
+        return bool(self.adapter_warmup_steps and seeing)
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,7 @@ def search(
     track: Track = untracked,
     limit: Callable[[], StepLimit | None] | None = None,
     standing: Standing | None = None,
+    measure: Measure | None = None,
 ) -> SearchResult:
     """Score the sites of the model's space and allocate the budget; nothing is enabled, nothing is changed.
 
@@ -135,7 +153,7 @@ def search(
         model: the adapted model.
         loss: scalar loss of the model on a batch.
         batches: what is scored, on the model's device.
-        warmup: batches for the head's warm-up, repeated as often as needed.
+        warmup: batches for the warm-up of head and adapters, repeated as often as needed.
         proxy: scores the sites.
         allocator: turns gains into ranks.
         budget: how much may be held.
@@ -145,6 +163,7 @@ def search(
         track: shows progress.
         limit: measures what the budget's ``step_time`` means (``calibration.step_limit``), on the model as it is.
         standing: what is trained already, for a search in the middle of training; None: nothing is.
+        measure: says how well the model predicts, for proxies that ask; None: they take the loss.
 
     Raises:
         DegenerateScores: if the scores rank nothing.
@@ -161,9 +180,17 @@ def search(
     scores: Mapping[str, Score] | None = None
     if allocator.gain_rule is not None:
         name = proxy_name or type(proxy).__name__.lower()
-        own = standing is not None and standing.own
         found = score_all(
-            model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track, own=own
+            model,
+            loss,
+            batches,
+            warmup,
+            proxies={name: proxy},
+            probe=probe,
+            seed=seed,
+            track=track,
+            measure=measure,
+            own=standing is not None and standing.own,
         )
         scores = found.scores[name]
     allocation = allocate(allocator, scores, resolved, space, model.family, most, standing)
@@ -269,10 +296,13 @@ def score(
     seed: int,
     proxy_name: str | None = None,
     track: Track = untracked,
+    measure: Measure | None = None,
 ) -> Mapping[str, Score]:
     """Scores of all sites of the model's space; see ``search``."""
     name = proxy_name or type(proxy).__name__.lower()
-    found = score_all(model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track)
+    found = score_all(
+        model, loss, batches, warmup, proxies={name: proxy}, probe=probe, seed=seed, track=track, measure=measure
+    )
     return found.scores[name]
 
 
@@ -284,13 +314,15 @@ class Scored:
         scores: proxy -> site -> score.
         resampled: proxy -> scores of all batches, and of each resample; of those proxies that can be resampled.
         scratch: whether values were held on disk.
-        seconds: proxy -> what it took beside the one.
+        seconds: proxy -> what it took beside the one pass.
+        notes: proxy -> plain values that it left about a pass of its own.
     """
 
     scores: dict[str, Mapping[str, Score]]
     resampled: Mapping[str, Resampled]
     scratch: bool
     seconds: Mapping[str, float]
+    notes: Mapping[str, Mapping[str, Any]]
 
 
 def score_all(
@@ -306,8 +338,11 @@ def score_all(
     resampling: Resampling | None = None,
     numbers: int | None = None,
     own: bool = False,
+    measure: Measure | None = None,
 ) -> Scored:
     """Scores by several proxies, from one pass over the batches for all that share it; see ``search``.
+
+    Proxies that need trained adapters come last, when these have been warmed up (``Probe.adapter_warmup_steps``).
 
     What is held beside the model stays within what a training step on the largest batch would need: where the values
     that proxies score from are more, they are summed in a scratch file, and scored a few sites at a time.
@@ -316,7 +351,7 @@ def score_all(
         model: the adapted model.
         loss: scalar loss of the model on a batch.
         batches: what is scored, on the model's device.
-        warmup: batches for the head's warm-up, repeated as often as needed.
+        warmup: batches for the warm-up of head and adapters, repeated as often as needed.
         proxies: name -> proxy.
         probe: how proxies look.
         seed: for random factors and proxies that draw.
@@ -324,10 +359,11 @@ def score_all(
         resampling: score again from resampled batches; None: do not.
         numbers: how many numbers may be held for the sites; None: as many as a training step leaves room for.
         own: sites whose adapter was trained are scored by its factors, and not by the probe's.
+        measure: says how well the model predicts, for proxies that ask; None: they take the loss.
 
     Raises:
         DegenerateScores: if the scores of a proxy rank nothing.
-        SettingError: if a proxy cannot score this space.
+        SettingError: if a proxy cannot score this space, or has no trained adapters to look at.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("scoring needs gradients: leave torch.inference_mode() first")
@@ -336,20 +372,76 @@ def score_all(
     for name, proxy in proxies.items():
         if getattr(proxy, "needs_weights", False):
             check_weights(name, [site.name for site in sites if model.frozen_weight(site.name) is None])
+    check_trained(proxies, probe, model)
+    looking = [name for name, proxy in proxies.items() if looks_at_batches(proxy)]
+    if looking and not batches:
+        raise SettingError("probe.batches", 0, f"proxy={','.join(looking)} needs batches to score")
+    later = {name: proxy for name, proxy in proxies.items() if needs_trained(proxy) or _sees_trained(probe)}
+    now = {name: proxy for name, proxy in proxies.items() if name not in later}
+    coming = cycle(warmup)
     with untouched(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
-        adapters = _probe_adapters(model, probe, seed)
-        if own:
-            adapters |= {name: model.adapter(name) for name in model.held if _trained(model.adapter(name))}
-        bench = Bench(model, batches, loss, probe.live, probe.reduction, track)
-        one = _Pass(bench, adapters, proxies, seed, resampling)
-        if one.statistics:
-            if not batches:
-                needing = [name for name, proxy in proxies.items() if proxy.statistics]
-                raise SettingError("probe.batches", 0, f"proxy={','.join(needing)} needs batches to score")
-            if needs_head(one.statistics):
-                _warm_up_head(model, loss, warmup, probe, track)
-            one.run(numbers)
-        return one.scored()
+        if any(sees_head(proxy) for proxy in proxies.values()) or probe.trains_adapters(later.values()):
+            warm_up_head(model, loss, coming, probe.head_warmup_steps, probe.head_warmup_lr, track)
+        found = []
+        if now:
+            bench = Bench(model, batches, loss, probe.live, probe.reduction, track, measure)
+            adapters = _probe_adapters(model, probe, seed)
+            if own:
+                held = {name: model.adapter(name) for name in model.held}
+                adapters |= {name: adapter for name, adapter in held.items() if speaks(adapter)}
+            one = _Pass(bench, adapters, now, seed, resampling)
+            found.append(one.scored(numbers))
+        if later:
+            adapters = _probe_adapters(model, probe, seed)
+            if probe.trains_adapters(later.values()):
+                adapters = _adapters(model, lambda site: model.family.build(site, probe.rank, seed))
+                steps, rates = probe.adapter_warmup_steps, (probe.adapter_warmup_lr, probe.head_warmup_lr)
+                warm_up_adapters(model, loss, coming, adapters, steps, *rates, track)
+            bench = Bench(model, batches, loss, bool(probe.adapter_warmup_steps), probe.reduction, track, measure)
+            found.append(_Pass(bench, adapters, later, seed, resampling).scored(numbers))
+    return _joined(found, list(proxies))
+
+
+def _sees_trained(probe: Probe) -> bool:
+    """Whether every proxy sees adapters that were warmed up."""
+    return probe.live and probe.adapter_warmup_steps > 0
+
+
+def _joined(found: Sequence[Scored], names: Sequence[str]) -> Scored:
+    """What passes found, in the order of the proxies."""
+    scores = {name: values for part in found for name, values in part.scores.items()}
+    seconds = {name: value for part in found for name, value in part.seconds.items()}
+    return Scored(
+        {name: scores[name] for name in names},
+        {name: values for part in found for name, values in part.resampled.items()},
+        any(part.scratch for part in found),
+        {name: seconds[name] for name in names},
+        {name: values for part in found for name, values in part.notes.items()},
+    )
+
+
+def check_trained(proxies: Mapping[str, Proxy], probe: Probe, model: AdaptedModel) -> None:
+    """Refuse proxies that need trained adapters where there will be none.
+
+    Raises:
+        SettingError: naming the setting that trains some.
+    """
+    needing = [name for name, proxy in proxies.items() if needs_trained(proxy)]
+    steps = probe.adapter_warmup_steps
+    if steps and not needing and not probe.live and any(looks_at_batches(proxy) for proxy in proxies.values()):
+        _log.warning(
+            "probe.adapter_warmup_steps=%d: plays no part, for proxy=%s looks at the pretrained function; "
+            "probe.live=true would show it the trained adapters",
+            steps,
+            ",".join(proxies),
+        )
+    active: Iterable[Any] = filter(None, map(model.active_adapter, model.held))
+    if needing and not steps and not any(map(speaks, active)):
+        raise SettingError(
+            "probe.adapter_warmup_steps",
+            0,
+            f"proxy={','.join(needing)} needs trained adapters; the paper: 32",
+        )
 
 
 class _Pass:
@@ -373,6 +465,7 @@ class _Pass:
         self.found: dict[str, dict[str, Score]] = {name: {} for name in proxies}
         self.resampled: dict[str, Resampled] = {}
         self.seconds = dict.fromkeys(proxies, 0.0)
+        self.notes: dict[str, dict[str, Any]] = {}
         self._local = {n: p for n, p in proxies.items() if getattr(p, "local", False) and p.statistics}
         self._kept: dict[Statistic, Mapping[str, Values]] = {
             s: {} for n, p in proxies.items() if n not in self._local for s in p.statistics
@@ -383,7 +476,7 @@ class _Pass:
         """Of all proxies, each once."""
         return tuple(dict.fromkeys(statistic for proxy in self.proxies.values() for statistic in proxy.statistics))
 
-    def run(self, numbers: int | None) -> None:
+    def _run(self, numbers: int | None) -> None:
         """Gather, and score what can be scored site by site."""
         again = {}
         if self.resampling is not None:
@@ -415,13 +508,15 @@ class _Pass:
             return exits.enter_context(ScratchValues())
         return {}
 
-    def scored(self) -> Scored:
-        """Score what sees all sites at once, and check everything."""
+    def scored(self, numbers: int | None) -> Scored:
+        """Gather if anything must be, score, and check everything."""
+        if self.statistics:
+            self._run(numbers)
         others = {name: proxy for name, proxy in self.proxies.items() if name not in self._local}
         self._score(others, self.sites, self._kept)
         for name, proxy in self.proxies.items():
             check_scores(name, proxy, self.found[name], [site.name for site in self.sites])
-        return Scored(dict(self.found), self.resampled, self.scratch, self.seconds)
+        return Scored(dict(self.found), self.resampled, self.scratch, self.seconds, self.notes)
 
     def _score(self, proxies: Mapping[str, Proxy], sites: Sequence[Site], gathered: Mapping[Any, Any]) -> None:
         families = self.bench.model.space.families
@@ -434,6 +529,9 @@ class _Pass:
                 self.bench.model.eval()
             self.found[name].update(proxy.score(evidence))
             self.seconds[name] += time.perf_counter() - start
+            if self.bench.notes:
+                self.notes[name] = dict(self.bench.notes)
+                self.bench.notes.clear()
 
     def _parts(self, numbers: int | None) -> list[Sequence[Site]]:
         """All sites together if there is room for that, and for what is computed of one of them; or each alone."""
@@ -463,42 +561,21 @@ def needs_head(statistics: Iterable[Statistic]) -> bool:
     return any(statistic.needs_gradient for statistic in statistics)
 
 
+def sees_head(proxy: Proxy) -> bool:
+    """Whether it is warmed up for this proxy."""
+    return needs_trained(proxy) or needs_head(proxy.statistics)
+
+
 def _probe_adapters(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, Any]:
+    if probe.init == "lora":
+        return _adapters(model, lambda site: model.family.build(site, probe.rank, seed))
+    return _adapters(model, lambda site: model.family.probe(site, probe.rank, probe.std, seed))
+
+
+def _adapters(model: AdaptedModel, make: Callable[[Site], nn.Module]) -> dict[str, Any]:
+    """At every site, where and as precise as the backbone is."""
     device, dtype = next(model.backbone.parameters()).device, adapter_dtype(model.backbone)
-    adapters = {}
-    for site in model.space.sites:
-        if probe.init == "lora":
-            adapter = model.family.build(site, probe.rank, seed)
-        else:
-            adapter = model.family.probe(site, probe.rank, probe.std, seed)
-        adapters[site.name] = adapter.to(device=device, dtype=dtype)
-    return adapters
-
-
-def _trained(adapter: Any) -> bool:
-    """Whether it gives anything: one that never trained has B = 0, by which many a score is 0."""
-    return bool(adapter.B.any())
-
-
-def _warm_up_head(model: AdaptedModel, loss: Loss, warmup: Iterable[Batch], probe: Probe, track: Track) -> None:
-    head = list(model.head_parameters.values())
-    if not head or not probe.head_warmup_steps:
-        return
-    model.eval()
-    optimizer = torch.optim.AdamW(head, lr=probe.head_warmup_lr, weight_decay=0.0)
-    steps = 0
-    with model.disabled():
-        for batch in track(
-            islice(cycle(warmup), probe.head_warmup_steps), "warming up the head", probe.head_warmup_steps
-        ):
-            optimizer.zero_grad()
-            loss(model, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            steps += 1
-    if steps < probe.head_warmup_steps:
-        raise SettingError(
-            "probe.head_warmup_steps", probe.head_warmup_steps, "there are no batches to warm up on; use 0"
-        )
+    return {site.name: make(site).to(device=device, dtype=dtype) for site in model.space.sites}
 
 
 def batch_size(batch: Batch) -> int:

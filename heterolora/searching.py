@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ from heterolora.model import AdaptedModel
 from heterolora.parts import Parts
 from heterolora.peft_config import CONFIG, module_of
 from heterolora.provenance import provenance
-from heterolora.proxies.base import Proxy, check_scores, leading, total
+from heterolora.proxies.base import Proxy, check_scores, leading, looks_at_batches, total
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import now_mib, peak_mib, reset_peak
 from heterolora.report.search import print_search
 from heterolora.resampling import Resampled, Resampling
-from heterolora.scoring import allocate, check_budget, rehearse, score_all
+from heterolora.scoring import allocate, check_budget, check_trained, rehearse, score_all
 from heterolora.space import Space, survey
 from heterolora.step_time import StepLimit, StepTimes, in_short
 from heterolora.tasks.base import Task
+from heterolora.tasks.measure import FirstMetric
 from heterolora.training import for_the_record
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class _Found:
         backbone: with weights or without.
         head: names of its parameters that are trained with the task.
         times: what the parts of a step take; None: no budget asks.
+        notes: proxy -> what it left about a pass of its own, such as its cost.
     """
 
     space: Space
@@ -83,6 +85,7 @@ class _Found:
     seconds: Mapping[str, float]
     memory: Mapping[str, float | None]
     times: StepTimes | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Questions) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def run_search(parts: Parts, config: Mapping[str, Any], folder: Path, asked: Que
         "sites": len(found.space.sites),
         "seconds": dict(found.seconds),
         "memory_mib": dict(found.memory),
+        "notes": dict(found.notes),
         "allocations": [
             {
                 "budget": budget,
@@ -192,7 +196,7 @@ def _given(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_
 def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[_Found, Mapping[str, Any]]:
     """Load and score."""
     start = time.perf_counter()
-    looked = [name for name, proxy in asked.proxies.items() if proxy.statistics]
+    looked = [name for name, proxy in asked.proxies.items() if looks_at_batches(proxy)]
     splits, _, task = parts.data.splits(parts.task)
     config = for_the_record(config, task)
     backbone = parts.model.load(task.outputs, parts.seed)
@@ -201,10 +205,12 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
     model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head).to(_device(parts.trainer.accelerator))
     if backbone.gradient_checkpointing:
         model.gradient_checkpointing()
+    check_trained(asked.proxies, parts.probe, model)
     data = TextData(splits, task, backbone.tokenizer, backbone.positions, parts.data, parts.seed)
     batches, rows = data.scoring_batches(parts.probe.batches) if looked else ([], [])
     ready = time.perf_counter()
     scores, agreement, seconds = None, None, {"loading": ready - start}
+    notes: Mapping[str, Any] = {}
     device = next(model.backbone.parameters()).device
     times = _times(parts, asked, model, task, data)
     if times is not None:
@@ -227,13 +233,15 @@ def _scored(parts: Parts, config: Mapping[str, Any], asked: Questions) -> tuple[
             seed=parts.seed,
             track=track,
             resampling=resampling,
+            measure=FirstMetric(task),
         )
+        notes = result.notes
         scores = Scores(asked.first, result.scores, rows, backbone.fingerprint, config["model"])
         agreement = _agreement(parts.allocator, space, scores, result.resampled)
         seconds |= {"scoring": time.perf_counter() - ready, **{f"of it {n}": s for n, s in result.seconds.items()}}
     memory = {"process, model loaded": loaded, "peak above it": None if loaded is None else peak_mib() - loaded}
     fingerprint, head = backbone.fingerprint, backbone.head
-    return _Found(space, backbone.model, head, scores, agreement, fingerprint, seconds, memory, times), config
+    return _Found(space, backbone.model, head, scores, agreement, fingerprint, seconds, memory, times, notes), config
 
 
 def _times(parts: Parts, asked: Questions, model: AdaptedModel, task: Task, data: TextData) -> StepTimes | None:

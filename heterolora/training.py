@@ -37,17 +37,19 @@ from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.prefix_cache import FrozenPrefix
 from heterolora.provenance import provenance, versions
+from heterolora.proxies.base import looks_at_batches
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import HISTORY_PICTURE, draw_history
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
 from heterolora.resume import Resume
-from heterolora.scoring import SearchResult, check_budget, rehearse, search, untracked
+from heterolora.scoring import SearchResult, check_budget, check_trained, rehearse, search, untracked
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
 from heterolora.step_time import StepLimit, StepTimes, in_short, shown
 from heterolora.tasks.base import Task
+from heterolora.tasks.measure import FirstMetric
 
 _log = logging.getLogger(__name__)
 
@@ -122,6 +124,8 @@ class _Run:
         check_budget(parts.allocator, budget, space, parts.adapter)
         self._check_allocation()
         rehearse(parts.allocator, budget, space, parts.adapter)
+        if self._scored:
+            check_trained({self._proxy_name: parts.proxy}, parts.probe, model)
         data = self.shelf.tokens(parts, given, material, backbone)
         identity = {
             "settings": config_hash(given),
@@ -196,7 +200,7 @@ class _Run:
     @property
     def _scored(self) -> bool:
         """Whether batches are looked at before training."""
-        return self.parts.allocator.gain_rule is not None and bool(self.parts.proxy.statistics)
+        return self.parts.allocator.gain_rule is not None and looks_at_batches(self.parts.proxy)
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -231,6 +235,7 @@ class _Run:
             track=track if moment.standing is None else untracked,
             limit=lambda: self._limit(lit, data),
             standing=moment.standing,
+            measure=FirstMetric(parts.task),
         )
         found = result.allocation
         lit.add_search(result.seconds)

@@ -25,7 +25,7 @@ from tests.jobs import TINY, prepare
 # PEFT's use of transformers
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated")
 
-PROBE = Probe("random", False, 0.02, 1, 3, "mean", 2, 1e-3)
+PROBE = Probe("random", False, 0.02, 1, 3, "mean", 2, 1e-3, 0, 1e-3)
 
 
 def close(a, b):
@@ -89,7 +89,7 @@ def test_it_finds_what_search_py_finds(tmp_path):
     warm = [batch for batch, _ in zip(data.warmup_batches(), range(2), strict=False)]
     batches = [{key: value for key, value in batch.items() if key != "index"} for batch in [*batches, *warm]]
     found = heterolora.search(
-        backbone.model, batches, proxy="snip", probe=Probe("random", False, 0.02, 1, 2, "mean", 2, 1e-3)
+        backbone.model, batches, proxy="snip", probe=Probe("random", False, 0.02, 1, 2, "mean", 2, 1e-3, 0, 1e-3)
     )
     written = read_scores(tmp_path / "a" / "scores.json", "scores")
     for site, value in written.scores["snip"].items():
@@ -181,7 +181,7 @@ def test_an_adapted_model_is_scored_where_it_is(model, loader):
         ({"model": transformers.BertModel}, "a torch.nn.Module"),
         ({"dataloader": [1]}, "must be mappings"),
         ({"dataloader": "no labels"}, "give labels, or a loss_fn"),
-        ({"probe": Probe("random", False, 0.02, 1, 9, "mean", 0, 1e-3)}, "the dataloader gives 6 batches"),
+        ({"probe": Probe("random", False, 0.02, 1, 9, "mean", 0, 1e-3, 0, 1e-3)}, "the dataloader gives 6 batches"),
         ({"scores": {"0.q": 1.0}}, "scores=1 sites: lacks"),
     ],
 )

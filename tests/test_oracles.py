@@ -212,7 +212,7 @@ def test_the_search_itself_gives_these_scores_when_it_probes_live_and_sums(case,
     model = case.model(False, "rand")
     given = {name: model.adapter(name) for name in model.ranks}
     monkeypatch.setattr(LoRA, "probe", lambda self, site, rank, std, seed: given[site.name])
-    probe = Probe("random", True, 0.1, 4, 3, "sum", 0, 1e-3)
+    probe = Probe("random", True, 0.1, 4, 3, "sum", 0, 1e-3, 0, 1e-3)
     found = score(model, loss, case.batches, [], proxy=GradNorm(), probe=probe, seed=0)
     assert found == pytest.approx(expected, rel=1e-12)
 

@@ -222,6 +222,12 @@ def test_every_option_trains(tmp_path, option):
         "budget=params": ["budget.value=2000"],
         "budget=qv_r2": ["allocator=top", "allocator.rank=2"],
         **{f"proxy={name}": ["search_space=lora_all"] for name in ("gora", "magnitude", "plop")},  # of frozen weights
+        "proxy=alpha_test": [
+            "probe.adapter_warmup_steps=8",
+            "probe.adapter_warmup_lr=0.02",
+            "proxy.metric=loss",
+            "proxy.tolerance=0",
+        ],
     }
     (tmp_path / "ranks.json").write_text(json.dumps({"0.q": 2, "1.shortcut_ffn": 3}))
     summary = run_job(tmp_path / "a", option, *extra.get(option, []), "trainer.max_steps=2", "logger=none")
@@ -265,6 +271,8 @@ BAD = [
     (["allocator=fixed"], r"allocator\.path=None: "),
     (["allocator=uniform", "budget=params", "budget.value=200"], r"budget=200: rank 1 at all"),
     (["proxy=snip", "probe.init=lora"], r"proxy=snip: every score is 0.*probe\.init=random"),
+    (["proxy=alpha_test"], r"probe\.adapter_warmup_steps=0: proxy=alpha_test needs trained adapters; the paper: 32"),
+    (["proxy=alpha_test", "proxy.tolerance=2"], r"proxy\.tolerance=2\.0: a share"),
     (["proxy._target_=nowhere.Proxy"], r"proxy\._target_=nowhere\.Proxy: cannot be imported"),
     (["task.max_length=2"], r"task\.max_length=2"),
     (["resume=7"], "resume=7: true, false or the folder"),
@@ -431,12 +439,14 @@ def test_a_chain_of_resumes_whose_first_link_is_gone_still_finishes(tmp_path, ca
 
 def test_a_dry_run_plans_no_warmed_up_head_for_what_looks_at_inputs_alone(tmp_path):
     steps = {}
-    for proxy in ("grad_norm", "eva", "synflow"):
+    for proxy in ("grad_norm", "eva", "synflow", "alpha_test"):
         (tmp_path / proxy).mkdir()
-        train(prepare(tmp_path / proxy, "run=dry", f"proxy={proxy}"))
+        train(prepare(tmp_path / proxy, "run=dry", f"proxy={proxy}", "probe.adapter_warmup_steps=3"))
         steps[proxy] = json.loads((tmp_path / proxy / "plan.json").read_text())["steps"]
     found = {proxy: (plan["head warm-up steps"], plan["batches scored"]) for proxy, plan in steps.items()}
-    assert found == {"grad_norm": (2, 2), "eva": (0, 2), "synflow": (0, 0)}
+    assert found == {"grad_norm": (2, 2), "eva": (0, 2), "synflow": (0, 0), "alpha_test": (2, 2)}
+    trained = {proxy: plan["adapter warm-up steps"] for proxy, plan in steps.items()}
+    assert trained == {"grad_norm": 0, "eva": 0, "synflow": 0, "alpha_test": 3}
 
 
 def test_a_full_disk_is_one_line(tmp_path):

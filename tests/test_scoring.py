@@ -127,7 +127,16 @@ def test_fixed_repeats_an_allocation(adapted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("std", 0.0), ("rank", 0), ("batches", 0), ("head_warmup_steps", -1), ("head_warmup_lr", 0.0)]
+    ("name", "value"),
+    [
+        ("std", 0.0),
+        ("rank", 0),
+        ("batches", 0),
+        ("head_warmup_steps", -1),
+        ("head_warmup_lr", 0.0),
+        ("adapter_warmup_steps", -1),
+        ("adapter_warmup_lr", 0.0),
+    ],
 )
 def test_probe_refuses_impossible_values(name, value):
     with pytest.raises(SettingError, match=name):

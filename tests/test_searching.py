@@ -69,6 +69,20 @@ def test_it_leaves_everything_and_it_agrees(tmp_path):
 
 
 @pytest.mark.medium
+def test_a_proxy_of_trained_adapters_beside_one_of_the_pretrained_function(tmp_path):
+    trained = ["probe.adapter_warmup_steps=40", "probe.adapter_warmup_lr=0.02", "probe.head_warmup_lr=0.02"]
+    summary = run(tmp_path / "a", "proxies=[grad_norm,alpha_test]", *trained)
+    scores = read_scores(tmp_path / "a" / "scores.json", "scores").scores
+    assert list(scores) == ["grad_norm", "alpha_test"]
+    assert {round(10 * gate) / 10 for gate in scores["alpha_test"].values()} == set(scores["alpha_test"].values())
+    notes = summary["notes"]["alpha_test"]
+    assert notes["metric"] == "accuracy"
+    assert 0 <= notes["all gates at 1"] <= 1
+    run(tmp_path / "b", "proxies=[grad_norm]", "probe.head_warmup_lr=0.02")
+    assert read_scores(tmp_path / "b" / "scores.json", "scores").scores["grad_norm"] == scores["grad_norm"]
+
+
+@pytest.mark.medium
 def test_train_py_finds_the_same(tmp_path):
     run(tmp_path / "search", "proxy=snip", "budget.rank=3")
     run_job(tmp_path / "train", "proxy=snip", "budget.rank=3")
@@ -254,7 +268,7 @@ if what == "step":
         optimizer.step()
 else:
     proxies = {name: build(option("proxy", name), "p") for name in what.split(",")}
-    probe = Probe("random", False, 0.02, 1, 3, "mean", 0, 1e-3)
+    probe = Probe("random", False, 0.02, 1, 3, "mean", 0, 1e-3, 0, 1e-3)
     score_all(model, loss, batches, [], proxies=proxies, probe=probe, seed=0)
 print(peak_mib() - before)
 """

@@ -25,13 +25,14 @@ from heterolora.farm import code_version
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.provenance import versions
-from heterolora.proxies.base import DegenerateScores, Proxy, Score, check_scores
+from heterolora.proxies.base import DegenerateScores, Proxy, Score, check_scores, needs_trained
 from heterolora.proxies.evidence import Evidence, Statistic
 from heterolora.quiet import quieten
 from heterolora.report.files import write_text
 from heterolora.run import composer
 from heterolora.scoring import score_all
 from heterolora.space import survey
+from heterolora.tasks.measure import FirstMetric
 from heterolora.tournament import merged
 
 _log = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ UNITS = 16
 
 WEIGHTS_ONLY = "search_space=lora_all"
 """Where proxies of frozen weights score; they refuse shortcuts."""
+
+TRAINED = "probe.adapter_warmup_steps=32"
+"""What proxies of trained adapters need; 32 steps, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,12 @@ def complete(
     """
     folder.mkdir(exist_ok=True)
     with composer() as compose:
-        configs = {name: compose(merged(SETTINGS, [f"seed={seeds[0]}", f"proxy={name}"]))[0] for name in proxies}
+        configs = {}
+        for name in proxies:
+            config = compose(merged(SETTINGS, [f"seed={seeds[0]}", f"proxy={name}"]))[0]
+            if needs_trained(build(config["proxy"], "proxy")):
+                config = compose(merged(SETTINGS, [f"seed={seeds[0]}", f"proxy={name}", TRAINED]))[0]
+            configs[name] = config
         for seed in seeds:
             missing = {
                 name: config for name, config in configs.items() if force or not _is_current(folder, name, seed, config)
@@ -103,8 +112,8 @@ def complete(
                 continue
             _log.info("seed %d: scoring by %s", seed, ", ".join(missing))
             made = {"commit": code_version(), "versions": versions()}
-            for space, guards in _by_space(missing):
-                found = _score(compose(merged(SETTINGS, [f"seed={seed}", *space]))[0], guards)
+            for needed, guards in _by_needs(missing):
+                found = _score(compose(merged(SETTINGS, [f"seed={seed}", *needed]))[0], guards)
                 for name, guard in guards.items():
                     content = {"proxy": name, "seed": seed, **_identity(missing[name]), **made, "reason": guard.reason}
                     kept = {} if guard.reason else {site: _rounded(score) for site, score in found[name].items()}
@@ -114,7 +123,10 @@ def complete(
 
 def _identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """What scores depend on, besides the seed and the code."""
-    return {"node": config["proxy"], "probe": config["probe"], "settings": list(SETTINGS)}
+    probe = config["probe"]
+    if not probe["adapter_warmup_steps"]:  # as before there was such a thing
+        probe = {key: value for key, value in probe.items() if not key.startswith("adapter_warmup")}
+    return {"node": config["proxy"], "probe": probe, "settings": list(SETTINGS)}
 
 
 def _is_current(folder: Path, proxy: str, seed: int, config: Mapping[str, Any]) -> bool:
@@ -156,6 +168,7 @@ class _Guard:
         self.name = name
         self.proxy = proxy
         self.needs_weights = bool(getattr(proxy, "needs_weights", False))
+        self.needs_trained = needs_trained(proxy)
         self.reason: str | None = None
 
     @property
@@ -173,12 +186,15 @@ class _Guard:
         return scores
 
 
-def _by_space(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[list[str], dict[str, _Guard]]]:
-    """Override of the search space -> proxies that score there; those of frozen weights refuse shortcuts."""
+def _by_needs(configs: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[list[str], dict[str, _Guard]]]:
+    """Overrides -> proxies that score with them: those of frozen weights refuse shortcuts, some need adapters."""
     guards = {name: _Guard(name, build(config["proxy"], "proxy")) for name, config in configs.items()}
-    for needs, space in ((False, []), (True, [WEIGHTS_ONLY])):
-        if chosen := {name: guard for name, guard in guards.items() if guard.needs_weights is needs}:
-            yield space, chosen
+    groups: dict[tuple[str, ...], dict[str, _Guard]] = {}
+    for name, guard in guards.items():
+        needed = (WEIGHTS_ONLY,) * guard.needs_weights + (TRAINED,) * guard.needs_trained
+        groups.setdefault(needed, {})[name] = guard
+    for overrides in sorted(groups):
+        yield list(overrides), groups[overrides]
 
 
 def _score(config: Mapping[str, Any], guards: Mapping[str, _Guard]) -> dict[str, Mapping[str, Score]]:
@@ -205,6 +221,7 @@ def _score(config: Mapping[str, Any], guards: Mapping[str, _Guard]) -> dict[str,
             probe=probe,
             seed=seed,
             track=track,
+            measure=FirstMetric(task),
         ).scores
     finally:
         torch.set_num_threads(threads)

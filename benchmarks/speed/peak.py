@@ -83,7 +83,7 @@ def plain_loss(model: AdaptedModel, batch: Batch) -> torch.Tensor:
 
 def probe(batches: int) -> Probe:
     """The default look at the model, without warming up the head."""
-    return Probe("random", False, 0.02, 1, batches, "mean", 0, 1e-3)
+    return Probe("random", False, 0.02, 1, batches, "mean", 0, 1e-3, 0, 1e-3)
 
 
 def _import_what_comes_late() -> None:

@@ -22,6 +22,11 @@ class Adapter(Protocol):
         """The delta, ``[..., in] -> [..., out]``."""
 
 
+def speaks(adapter: Adapter) -> bool:
+    """Whether its delta can be anything but zero."""
+    return bool(adapter.A.any()) and bool(adapter.B.any())
+
+
 class TwoPartAdapter(Adapter, Protocol):
     """An adapter that the model may compute in two parts: faster, and a product that sites of one source share.
 

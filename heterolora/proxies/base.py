@@ -26,6 +26,9 @@ class Proxy(Protocol):
 
     A proxy that scores frozen weights says so with ``needs_weights = True``, and is refused before the pass in a space
     with sites where none acts.
+
+    A proxy that looks at trained adapters says so with ``needs_trained = True``: its evidence is a model in whose
+    forward such adapters stand (``probe.adapter_warmup_steps``), whatever the other proxies see.
     """
 
     control: bool
@@ -37,6 +40,16 @@ class Proxy(Protocol):
 
     def score(self, evidence: Evidence) -> Mapping[str, Score]:
         """A score for every site of ``evidence.sites``, by name."""
+
+
+def needs_trained(proxy: Proxy) -> bool:
+    """Whether trained adapters must stand in the forward."""
+    return bool(getattr(proxy, "needs_trained", False))
+
+
+def looks_at_batches(proxy: Proxy) -> bool:
+    """Whether a proxy needs batches to score."""
+    return bool(proxy.statistics) or needs_trained(proxy)
 
 
 class DegenerateScores(ValueError):  # noqa: N818

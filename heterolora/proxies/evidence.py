@@ -6,7 +6,7 @@ adapter or without, and everything first-order follows from it: ``g_B = scale G 
 """
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -185,6 +185,57 @@ class GradientMoment(Statistic):
         return 2 * site.out_features**2
 
 
+class Measure(Protocol):
+    """A number that says how well a model predicts, such as a task's first metric.
+
+    Attributes:
+        name: what it is called.
+        mode: whether a larger or a smaller one is better.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def mode(self) -> Literal["max", "min"]:
+        """Whether a larger or a smaller one is better."""
+
+    def outputs(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
+        """What the number is computed from, of one batch."""
+
+    def value(self, outputs: Sequence[torch.Tensor], batches: Sequence[Batch]) -> float:
+        """The number, from the outputs for all batches; NaN where it is not defined."""
+
+    def of_a_constant(self, batches: Sequence[Batch]) -> float | None:
+        """The best that a model reaches which answers the same to every example; None: not known."""
+
+
+@dataclass(frozen=True)
+class MeanLoss:
+    """The mean of the batches' losses, where no metric is known.
+
+    Attributes:
+        loss: scalar loss of a model on a batch.
+    """
+
+    loss: Loss
+    name: str = "loss"
+    mode: Literal["max", "min"] = "min"
+
+    def outputs(self, model: AdaptedModel, batch: Batch) -> torch.Tensor:
+        """The loss."""
+        return self.loss(model, batch)
+
+    def value(self, outputs: Sequence[torch.Tensor], batches: Sequence[Batch]) -> float:
+        """Their mean."""
+        return float(torch.stack([value.double() for value in outputs]).mean())
+
+    def of_a_constant(self, batches: Sequence[Batch]) -> None:
+        """Not known."""
+        return None
+
+
 @dataclass(frozen=True)
 class Bench:
     """Everything that a pass over a model needs; a proxy with a pass of its own finds it here.
@@ -196,6 +247,8 @@ class Bench:
         live: put the probe's deltas into the forward.
         reduction: ``sum`` of the batches' gradients, or their ``mean``.
         track: shows progress over the batches.
+        measure: says how well the model predicts; None: the loss is all that is known.
+        notes: where a proxy with a pass of its own leaves plain values for the record, such as what it cost.
     """
 
     model: AdaptedModel
@@ -204,6 +257,8 @@ class Bench:
     live: bool
     reduction: Literal["mean", "sum"]
     track: Track
+    measure: Measure | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
