@@ -623,7 +623,7 @@ def test_half_precision_backbones_are_scored(name, architecture):
     if name == "synflow" and architecture.startswith("t5"):
         return  # refused: see test_contract
     some = [make_batch(model.backbone, seed=seed) for seed in (3, 4)]
-    found = scored(model, make(name), some, probe=probe(), seed=0)
+    found = scored(model, make(name), some, probe=probe(**TRAINED.get(name, {})), seed=0)
     assert all(math.isfinite(total(value)) for value in found.values())
 
 

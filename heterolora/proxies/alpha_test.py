@@ -38,8 +38,7 @@ class AlphaTest:
 
     Args:
         tolerance: share of the metric that may be lost.
-        metric: ``task``, its first one; or ``loss``, which also moves where no prediction turns yet, as after a short
-            warm-up.
+        metric: ``task``, its first one; or ``loss``, which moves even where no prediction turns.
     """
 
     tolerance: float
