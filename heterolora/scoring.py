@@ -387,7 +387,7 @@ def score_all(
             bench = Bench(model, batches, loss, probe.live, probe.reduction, track, measure)
             adapters = _probe_adapters(model, probe, seed)
             if own:
-                held = {name: model.adapter(name) for name in model.held}
+                held: dict[str, Any] = {name: model.adapter(name) for name in model.held}
                 adapters |= {name: adapter for name, adapter in held.items() if speaks(adapter)}
             one = _Pass(bench, adapters, now, seed, resampling)
             found.append(one.scored(numbers))
