@@ -5,6 +5,8 @@ VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
 BIN := $(VENV)/bin
+# Tiny models gain nothing from threads; slow tests do, and some of them start processes: these go one after the other.
+PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
 .PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores bench bench-end-to-end bench-short crash-test lint format clean
@@ -14,10 +16,10 @@ train: $(VENV)/installed
 
 # Everything but the slow tests; then what takes minutes: real models, processes, servers.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PARALLEL) -m "not slow" $(ARGS)
 
 test-quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not medium" $(ARGS)
+	$(PARALLEL) -m "not slow and not medium" $(ARGS)
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -42,7 +42,7 @@ COMMON = (
 KINDS: Mapping[str, Sequence[str]] = {
     "static": (),
     "dynamic": ("allocation=dynamic", "allocation.every=7", "allocator=top", "allocator.rank=4", "proxy=grad_norm"),
-    "dynamic, all held": (
+    "dynamic_all_held": (
         "allocation=dynamic",
         "allocation.every=0.2",
         "allocation.held=all",
@@ -87,7 +87,7 @@ def _all_points(place: Path, points: int, draw: random.Random) -> int:
         differing = _differing(expected[kind], what_came_out(outputs / "last"))
         same += not differing
         result = "identical" if not differing else f"DIFFERS in {', '.join(differing)}"
-        sys.stdout.write(f"{point + 1:2d}  {kind:18s} killed {'; '.join(kills)}: {result}\n")
+        sys.stdout.write(f"{point + 1:2d}  {kind:16s} killed {'; '.join(kills)}: {result}\n")
         sys.stdout.flush()
     return same
 

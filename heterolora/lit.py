@@ -233,7 +233,7 @@ class LitAdapted(L.LightningModule):
         found["loss"] = self._losses[split] / sum(len(part["index"]) for part in self.outputs[split])
         for name, value in found.items():
             shown = split == "validation" and name != "loss"
-            self.log(f"{split}/{name}", value, prog_bar=shown, logger=curves)
+            self.log(f"{split}/{name}", value, prog_bar=shown, logger=None if curves else False)
         self.found[split] = {name: value.item() for name, value in found.items()}
 
     def predictions(self, split: str) -> dict[str, torch.Tensor]:

@@ -113,9 +113,9 @@ def _folder(path: Any) -> str | None:
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config on which results depend; what is off is as if it were not there."""
     relevant = {key: value for key, value in _on(config).items() if key not in _NO_RESULT}
-    for node, key in (("data", "cache_dir"), ("trainer", "checkpoint_every")):
-        relevant[node] = {name: value for name, value in config[node].items() if name != key}
-    return relevant
+    if "trainer" in relevant:
+        relevant["trainer"] = {key: value for key, value in relevant["trainer"].items() if key != "checkpoint_every"}
+    return relevant | {"data": {key: value for key, value in config["data"].items() if key != "cache_dir"}}
 
 
 def _on(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from heterolora.build import build
+from heterolora.callbacks.allocate import Static
 from heterolora.errors import SettingError
 from heterolora.farm import WorkerLostError
 from heterolora.parts import NODES, Parts, config_hash, make_parts
@@ -108,6 +109,10 @@ def search(cfg: DictConfig) -> None:
             if config[key] != only:
                 raise SettingError(key, config[key], f"is for train.py; a search has {str(only).lower()} there")
         parts = make_parts(config, choices)
+        if not isinstance(parts.allocation, Static):
+            raise SettingError(
+                "allocation", choices.get("allocation"), "is for train.py; a search allocates once: static"
+            )
         status["overrides"] = overrides
         write_json(folder / STATUS, status)
         run_search(parts, config, folder, _questions(parts, config, overrides))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from heterolora.data.sampler import SimilarLength
+from heterolora.data.sampler import Batches, SimilarLength
 
 
 def lengths_of(count, seed=0):
@@ -103,3 +103,16 @@ def test_a_small_set_also_gets_new_batches_each_epoch():
     sampler = SimilarLength(random.Random(0).sample(range(1000), 160), 16, 0)
     members = [{frozenset(batch) for batch in batches_of(epoch_order(sampler, epoch), 16)} for epoch in (0, 1)]
     assert len(members[0] & members[1]) < 5
+
+
+@given(count=st.integers(1, 60), size=st.integers(1, 9), epoch=st.integers(0, 3), data=st.data())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_batches_go_on_after_any_of_them_once(count, size, epoch, data):
+    batches = Batches(SimilarLength(lengths_of(count), size, 0), size)
+    batches.set_epoch(epoch)
+    whole = list(batches)
+    assert whole == batches_of(epoch_order(SimilarLength(lengths_of(count), size, 0), epoch), size)
+    assert len(batches) == len(whole)
+    batches.first = first = data.draw(st.integers(0, len(whole) - 1))
+    assert list(batches) == whole[first:]
+    assert list(batches) == whole  # the next epoch starts at its first

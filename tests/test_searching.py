@@ -200,6 +200,7 @@ def test_proxies_that_cannot_be_resampled_have_no_interval(tmp_path):
         (["budgets=[-5]"], r"budgets\.value=-5"),
         (["run=dry"], "run=dry: is for train.py"),
         (["resume=true"], "resume=True: is for train.py"),
+        (["allocation=dynamic"], "allocation=dynamic: is for train.py"),
         (["resamples=-1"], "resamples=-1: a whole number"),
         (["scores=/nowhere.json"], "scores=/nowhere.json: cannot be read"),
         (["proxies=[gora]", "search_space=full"], "use search_space=lora_all"),

@@ -20,8 +20,8 @@ PEFT = "PEFT"
 LOSS_TOLERANCE = 1e-5
 """Relative; float32 has 6e-8 a number."""
 
-GRADIENT_TOLERANCE = 1e-4
-"""Of the norm of the difference, as a share of the norm: sums over thousands of tokens in another order."""
+GRADIENT_TOLERANCE = 1e-5
+"""Of the norm of the difference, as a share of the norm, in float64; some backbones' norms compute in float32."""
 
 
 def peft(backbone: Backbone, placement: Placement, sites: AdaptedModel) -> Learner:
@@ -86,7 +86,9 @@ def check_same_start(one: Learner, other: Learner, batch: Batch) -> str:
 def check_equal(one: Learner, other: Learner, batch: Batch) -> list[str]:
     """Both compute one loss at step 0, and with the same factors, which are not 0, the same loss and gradients.
 
-    Factors are put back afterwards: the other's are then a copy of the one's.
+    The second comparison is in float64: in a deep model, gradients of the lowest layers differ by a thousandth in
+    float32 between two orders of the same sums. Factors are put back afterwards: the other's are then a copy of the
+    one's.
 
     Args:
         one: ours.
@@ -97,7 +99,7 @@ def check_equal(one: Learner, other: Learner, batch: Batch) -> list[str]:
         What was found, in words.
 
     Raises:
-        WrongResultError: if anything differs by more than float32 allows.
+        WrongResultError: if anything differs by more than rounding allows.
     """
     check_same_parameters(one, other)
     if one.factors.keys() != other.factors.keys() or one.head.keys() != other.head.keys():
@@ -106,7 +108,7 @@ def check_equal(one: Learner, other: Learner, batch: Batch) -> list[str]:
     before = {name: b.detach().clone() for name, (_, b) in one.factors.items()}
     _fill(one, torch.Generator().manual_seed(0))
     _copy(one, other)
-    with _evaluating(one), _evaluating(other):
+    with _evaluating(one), _evaluating(other), _in_double(one), _in_double(other):
         found = _check_loss(one, other, one.backward(batch), other.backward(batch), "with the same factors")
         furthest = _check_gradients(one, other)
     with torch.no_grad():
@@ -114,6 +116,17 @@ def check_equal(one: Learner, other: Learner, batch: Batch) -> list[str]:
             one.factors[name][1].copy_(value)
     _copy(one, other)
     return [start, f"{found}; gradients differ by at most {furthest:.1e} of their norm"]
+
+
+@contextmanager
+def _in_double(learner: Learner) -> Iterator[None]:
+    """In float64 for a while; float32 values come back to the bit, gradients do not."""
+    learner.model.double()
+    try:
+        yield
+    finally:
+        learner.model.zero_grad(set_to_none=True)
+        learner.model.float()
 
 
 def check_drops(learner: Learner, batch: Batch) -> str:

@@ -96,7 +96,8 @@ class Learner:
     def loss(self, batch: Batch) -> torch.Tensor:
         """Cross-entropy."""
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        return functional.cross_entropy(self.model(**inputs).logits.float(), batch["labels"])
+        logits = self.model(**inputs).logits
+        return functional.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), batch["labels"])
 
     def backward(self, batch: Batch) -> torch.Tensor:
         """Forward and backward."""
