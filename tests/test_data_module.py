@@ -180,7 +180,7 @@ def quiet_trainer(**options):
 def test_lightning_sets_the_samplers_epoch():
     data, recorder = make_data(), Recorder()
     quiet_trainer(max_epochs=2, limit_val_batches=0).fit(recorder, train_dataloaders=data.train_dataloader())
-    sampler = data.train_dataloader().batch_sampler.order
+    sampler = data.train_dataloader().batch_sampler.sampler
     assert isinstance(sampler, SimilarLength)
     for epoch in (0, 1):
         sampler.set_epoch(epoch)
@@ -213,7 +213,7 @@ def test_scoring_batches_do_not_depend_on_what_was_drawn_before():
     torch.manual_seed(1234)
     list(data.train_dataloader())
     list(islice(data.warmup_batches(), 20))
-    data.train_dataloader().batch_sampler.set_epoch(7)
+    data.train_dataloader().batch_sampler.sampler.set_epoch(7)
     second = data.scoring_batches(6)
     assert first[1] == second[1] == make_data().scoring_batches(6)[1]
     assert equal_batches(first[0], second[0])

@@ -109,7 +109,7 @@ def test_a_small_set_also_gets_new_batches_each_epoch():
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_batches_go_on_after_any_of_them_once(count, size, epoch, data):
     batches = Batches(SimilarLength(lengths_of(count), size, 0), size)
-    batches.set_epoch(epoch)
+    batches.sampler.set_epoch(epoch)
     whole = list(batches)
     assert whole == batches_of(epoch_order(SimilarLength(lengths_of(count), size, 0), epoch), size)
     assert len(batches) == len(whole)

@@ -15,25 +15,21 @@ class Batches(Sampler[list[int]]):
     """Batches of an order, from any of them on.
 
     Args:
-        order: rows in the order in which they are seen; it knows epochs.
+        sampler: rows in the order in which they are seen; Lightning tells it the epoch, under this name.
         batch_size: rows in a batch; the last may have fewer.
     """
 
-    def __init__(self, order: "SimilarLength", batch_size: int) -> None:
-        self.order = order
+    def __init__(self, sampler: "SimilarLength", batch_size: int) -> None:
+        self.sampler = sampler
         self.batch_size = batch_size
         self.first = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; Lightning calls this."""
-        self.order.set_epoch(epoch)
-
     def __len__(self) -> int:
         """Of a whole epoch, wherever it starts."""
-        return -(-len(self.order) // self.batch_size)
+        return -(-len(self.sampler) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = list(self.order)
+        rows = list(self.sampler)
         first, self.first = self.first, 0
         for at in range(first * self.batch_size, len(rows), self.batch_size):
             yield rows[at : at + self.batch_size]
