@@ -21,13 +21,15 @@ pytestmark = pytest.mark.medium
 
 TOP = ("allocation=dynamic", "allocation.every=2", "allocator=top", "allocator.rank=4", "proxy=grad_norm")
 GREEDY = ("allocation=dynamic", "allocation.every=0.5", "proxy=spectral", "budget.rank=2")
+FEW = ("budget.rank=2", "seed=1")
+"""A budget for two or three sites, which do move."""
 VARIANTS = {
-    "top": TOP,
+    "top": (*TOP, *FEW),
     "greedy": GREEDY,
     "paper": (*TOP, "allocation.held=all", "allocator.mode=separate", "budget=fraction", "budget.rank=4", "proxy=snip"),
     "paper_own": (*TOP, "allocation.held=all", "allocation.factors=own", "budget=fraction", "budget.rank=4"),
     "kept_greedy": (*GREEDY, "allocation.held=all"),
-    "frozen": (*TOP, "allocation.held=all", "allocation.off=freeze"),
+    "frozen": (*TOP, *FEW, "allocation.held=all", "allocation.off=freeze"),
 }
 TRAINED = ("adapter.dropout=0.1", "trainer.checkpoint_every=1", "optimizer.lr=3e-2", "optimizer.warmup=0")
 
