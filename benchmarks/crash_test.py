@@ -118,10 +118,10 @@ def _killed(outputs: Path, kind: str, seconds: float, draw: random.Random) -> li
 def _start(outputs: Path, name: str, kind: str) -> subprocess.Popen[bytes]:
     outputs.mkdir(parents=True, exist_ok=True)
     given = [*COMMON, *KINDS[kind], f"outputs={outputs}", f"hydra.run.dir={outputs / name}", "resume=true"]
-    log = (outputs / f"{name}.log").open("wb")
-    return subprocess.Popen(
-        [sys.executable, "train.py", *given], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
+    with (outputs / f"{name}.log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "train.py", *given], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def _wait(process: subprocess.Popen[bytes], log: Path) -> None:
