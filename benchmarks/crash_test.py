@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 
 from heterolora.checkpoints import FOLDER, newest_first
 from heterolora.history import HISTORY, read_history
+from heterolora.resume import STATUS
 
 COMMON = (
     "model=tiny_bert",
@@ -106,7 +107,7 @@ def _killed(outputs: Path, kind: str, seconds: float, draw: random.Random) -> li
             process.wait()
         run = outputs / name
         last = next(newest_first(run / FOLDER), None)
-        ended = (run / "status.json").exists() and json.loads((run / "status.json").read_text())["state"] == "finished"
+        ended = (run / STATUS).exists() and json.loads((run / STATUS).read_text())["state"] == "finished"
         where = "after its end" if ended else f"after {last.stem}" if last else "before its first checkpoint"
         kills.append(f"at {after:.1f} s, {where}")
         if ended:  # nothing is left to go on with: the same command again would start anew

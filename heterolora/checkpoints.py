@@ -6,7 +6,6 @@ is an older one where the newest turns out to be damaged.
 """
 
 import hashlib
-import logging
 import os
 import pickle
 import random
@@ -22,8 +21,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from heterolora.report.files import write_text, write_whole
-
-_log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 
@@ -63,7 +60,6 @@ class KeepCheckpoints(Checkpoint):
         self.folder = folder / FOLDER
         self.every = every
         self._last = -1
-        self._rows = 0
         self._random: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -88,7 +84,7 @@ class KeepCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """How much of the curves, and which random numbers, came before it."""
-        checkpoint["curves"] = self._rows
+        checkpoint["curves"] = sum(_rows(self.folder.parent / name) for name in CURVES)
         checkpoint["random"] = random_states()
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -99,7 +95,6 @@ class KeepCheckpoints(Checkpoint):
         self._last = trainer.global_step
         for logger in trainer.loggers:
             logger.save()  # what was logged before a checkpoint is never lost to one who resumes from it
-        self._rows = sum(_rows(self.folder.parent / name) for name in CURVES)
         trainer.save_checkpoint(self.folder / f"step_{self._last:08d}.ckpt")
         if trainer.is_global_zero:
             for path in list(newest_first(self.folder))[_KEPT:]:

@@ -109,9 +109,7 @@ class LitAdapted(L.LightningModule):
         self.outputs: dict[str, list[dict[str, torch.Tensor]]] = {}
         self.found: dict[str, dict[str, float]] = {}  # split -> metric -> value, of its last evaluation
         self.validated_step: int | None = None
-        self._in_curves: int | None = (
-            None  # step of the validation that is in the curves, in an earlier process perhaps
-        )
+        self._in_curves: int | None = None  # step of the last validation in the curves, perhaps of an earlier process
         self._metrics: dict[str, MetricCollection] = {}
         self._losses: dict[str, torch.Tensor] = {}
         self._epoch_loss = torch.zeros((), dtype=torch.float64)  # sum over the epoch's examples so far

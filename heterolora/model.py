@@ -218,17 +218,20 @@ class AdaptedModel(nn.Module):
         """
         if unknown := ranks.keys() - self._sites.keys():
             raise KeyError(f"not in the search space: {sorted(unknown)}")
-        device = next(self.backbone.parameters()).device
-        dtype = adapter_dtype(self.backbone)
         fresh = {
             name: self.family.build(site, ranks[name], seed)
             for name, site in self._sites.items()
             if ranks.get(name, 0) > 0
         }
-        if (device, dtype) != (torch.device("cpu"), torch.float32):  # as a family builds them
-            for adapter in fresh.values():
-                adapter.to(device=device, dtype=dtype)
+        self.place(fresh.values())
         self.install(fresh)
+
+    def place(self, adapters: Iterable[nn.Module]) -> None:
+        """Move adapters of the family to where the backbone is, as precise as they are to be on it."""
+        device, dtype = next(self.backbone.parameters()).device, adapter_dtype(self.backbone)
+        if (device, dtype) != (torch.device("cpu"), torch.float32):  # as a family builds them
+            for adapter in adapters:
+                adapter.to(device=device, dtype=dtype)
 
     def install(self, adapters: Mapping[str, nn.Module]) -> None:
         """Let these adapters be all that is held, each at its site, and on."""

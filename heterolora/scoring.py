@@ -22,7 +22,7 @@ from heterolora.allocators.base import Allocator, Gains, favoured, parameters_on
 from heterolora.allocators.timed import allocate_in_time
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
-from heterolora.model import AdaptedModel, adapter_dtype
+from heterolora.model import AdaptedModel
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights, looks_at_batches, needs_trained
 from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Measure, Statistic, Track, Values, gather
 from heterolora.report.memory import kept_mib
@@ -574,8 +574,9 @@ def _probe_adapters(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, A
 
 def _adapters(model: AdaptedModel, make: Callable[[Site], nn.Module]) -> dict[str, Any]:
     """At every site, where and as precise as the backbone is."""
-    device, dtype = next(model.backbone.parameters()).device, adapter_dtype(model.backbone)
-    return {site.name: make(site).to(device=device, dtype=dtype) for site in model.space.sites}
+    made = {site.name: make(site) for site in model.space.sites}
+    model.place(made.values())
+    return made
 
 
 def batch_size(batch: Batch) -> int:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from heterolora.model import AdaptedModel, adapter_dtype
+from heterolora.model import AdaptedModel
 
 Off = Literal["keep", "reset", "freeze"]
 
@@ -54,7 +54,7 @@ class Switch:
         return sum(self._kept[name][key].numel() for name in beside for key in _UNITS)
 
     def hold_all(self, rank: int) -> None:
-        """Hold units of every site from now on, on or off, as the paper's code does; before any is switched on.
+        """Hold units of every site from now on, on or off, as the paper's code does; then say what is on: ``take_on``.
 
         Args:
             rank: units of each site; fewer where ``min(in, out)`` is less.
@@ -89,7 +89,7 @@ class Switch:
                 self._kept[name] = self._spare(name, self._all)
             if self.off == "freeze":
                 after[name] = before.get(name) or self._fresh(name, new)
-                self._train(after[name], bool(new))
+                after[name].requires_grad_(bool(new))
             elif new:
                 after[name] = self._fresh(name, new)
             if new:
@@ -113,14 +113,9 @@ class Switch:
         return {key: getattr(adapter, key).detach() for key in _UNITS}
 
     def _fresh(self, name: str, rank: int) -> nn.Module:
-        backbone, site = self.model.backbone, self.model.site(name)
-        adapter = self.model.family.build(site, rank, self.seed)
-        return adapter.to(device=next(backbone.parameters()).device, dtype=adapter_dtype(backbone))
-
-    @staticmethod
-    def _train(adapter: nn.Module, on: bool) -> None:
-        for parameter in adapter.parameters():
-            parameter.requires_grad_(on)
+        adapter = self.model.family.build(self.model.site(name), rank, self.seed)
+        self.model.place([adapter])
+        return adapter
 
     def _keep(self, name: str, state: State) -> None:
         """What is known of the site now; units beyond its rank stay as they were kept before."""
@@ -138,9 +133,7 @@ class Switch:
                 optimizer.state.pop(parameter, None)
         group["params"] = trained
         for parameter, state in states.items():
-            optimizer.state.pop(parameter, None)
-            if state:
-                optimizer.state[parameter] = dict(state)
+            optimizer.state[parameter] = state
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, by site."""
@@ -189,18 +182,14 @@ def _longer(first: State, then: State) -> State:
 
 @torch.no_grad()
 def _filled(adapter: Any, known: State) -> dict[nn.Parameter, State]:
-    """Fill an adapter's first units with those that are known; parameter -> what its optimizer shall know."""
+    """Fill an adapter's first units with those that are known; parameter -> what its optimizer shall know, if any."""
     states: dict[nn.Parameter, State] = {}
-    for key, dim in _UNITS.items():
+    for key, dim in _UNITS.items() if known else ():
         parameter = getattr(adapter, key)
-        if key not in known:
-            states[parameter] = {}
-            continue
         units = min(parameter.shape[dim], known[key].shape[dim])
         parameter.narrow(dim, 0, units).copy_(known[key].narrow(dim, 0, units))
-        states[parameter] = {}
         if f"{key}.step" in known:
-            states[parameter]["step"] = known[f"{key}.step"].clone()
+            states[parameter] = {"step": known[f"{key}.step"].clone()}
             for name in _MOMENTS:
                 moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 moment.narrow(dim, 0, units).copy_(known[f"{key}.{name}"].narrow(dim, 0, units))

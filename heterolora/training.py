@@ -37,7 +37,7 @@ from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.prefix_cache import FrozenPrefix
 from heterolora.provenance import provenance, versions
-from heterolora.proxies.base import looks_at_batches
+from heterolora.proxies.base import Score, looks_at_batches
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import HISTORY_PICTURE, draw_history
@@ -271,17 +271,14 @@ class _Run:
     def _found(self, result: SearchResult, space: Space, backbone: str) -> None:
         """Write down what was found, before training starts."""
         self._write_config()
-        allocation, family, scores = result.allocation, self.parts.adapter, None
-        if result.scores is not None:
-            found = {self._proxy_name: result.scores}
-            scores = Scores(self._proxy_name, found, self._scored_rows, backbone, self.config["model"])
-        rows = write_findings(self.folder, space, scores, allocation, family, self._title())
+        allocation = result.allocation
+        rows = self._write_findings(space, result.scores, self._scored_rows, allocation, backbone)
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
         time = "" if result.step_time is None else f" ({shown(result.step_time)})"
         _log.info("allocated %s parameters to %d of %d sites%s", spent, len(allocation.active), len(space.sites), time)
 
-    def _decided(self, lit: LitAdapted, decision: Decision) -> None:
+    def _decided(self, decision: Decision) -> None:
         """Write a decision down at once."""
         append_decision(self.folder / HISTORY, decision)
 
@@ -290,26 +287,35 @@ class _Run:
         history = read_history(self.folder / HISTORY)
         if not history:
             return
-        model, family = module.model, self.parts.adapter
+        model = module.model
         space, ranks = model.space, model.ranks
         allocation = json.loads((self.folder / "allocation.json").read_text())
         draw = max(number for number, decision in enumerate(history) if decision.scores or not number)
-        found, rows, scores = history[draw].scores, [], None
-        if found:
-            rows = data.scoring_batches(self.parts.probe.batches, draw)[1] if self._scored else []
-            scores = Scores(
-                self._proxy_name, {self._proxy_name: found}, rows, backbone.fingerprint, self.config["model"]
-            )
-        spent = family.cost(space.sites)(ranks)
+        scores = history[draw].scores or None
+        rows = data.scoring_batches(self.parts.probe.batches, draw)[1] if scores and self._scored else []
+        spent = self.parts.adapter.cost(space.sites)(ranks)
         dynamic = {"decisions": len(history), "last": history[-1].step, "scores of decision": draw}
         origin = provenance(
             self.config, backbone.fingerprint, rows or None, proxy=self.config["proxy"], dynamic=dynamic
         )
         # What is frozen stays in the function beyond what the budget pays for; it is counted as held.
         budget = None if model.frozen else allocation["budget"]
-        write_findings(self.folder, space, scores, Allocation(ranks, spent, budget, origin), family, self._title())
+        self._write_findings(space, scores, rows, Allocation(ranks, spent, budget, origin), backbone.fingerprint)
         draw_history(space, history, self._title(), self.folder / HISTORY_PICTURE)
         self.parts.logger.log_picture("allocation/history", self.folder / HISTORY_PICTURE)
+
+    def _write_findings(
+        self,
+        space: Space,
+        found: Mapping[str, Score] | None,
+        rows: Sequence[Sequence[int]],
+        allocation: Allocation,
+        backbone: str,
+    ) -> list[list[Any]]:
+        """The rows of ``sites.csv``, as ``write_findings`` has them."""
+        name = self._proxy_name
+        scores = None if found is None else Scores(name, {name: found}, rows, backbone, self.config["model"])
+        return write_findings(self.folder, space, scores, allocation, self.parts.adapter, self._title())
 
     def _adopt(self, resume: Resume) -> None:
         """Take over what the earlier run's search wrote, its decisions and its curves up to the checkpoint."""
@@ -321,7 +327,7 @@ class _Run:
         checkpoint = torch.load(resume.checkpoint, weights_only=True)
         curves = checkpoint["curves"]
         for decision in read_history(resume.run / HISTORY):
-            if decision.step in (0, *range(checkpoint["global_step"])):
+            if decision.step < max(1, checkpoint["global_step"]):
                 append_decision(self.folder / HISTORY, decision)
         tables = [pd.read_csv(path) for name in CURVES if (path := resume.run / name).exists()]
         if tables and curves:

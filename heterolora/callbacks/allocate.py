@@ -17,12 +17,10 @@ class Moment:
     """When a search happens in training.
 
     Attributes:
-        step: optimizer steps made before it.
         draw: how many searches came before it.
         standing: what is trained then; None before training.
     """
 
-    step: int
     draw: int
     standing: Standing | None
 
@@ -33,7 +31,7 @@ Search: TypeAlias = Callable[[LitAdapted, Moment], SearchResult]
 Found: TypeAlias = Callable[[SearchResult], None]
 """Told about the first allocation, once its adapters are there and before training starts."""
 
-Decided: TypeAlias = Callable[[LitAdapted, Decision], None]
+Decided: TypeAlias = Callable[[Decision], None]
 """Told about each decision when it is in force."""
 
 
@@ -77,13 +75,17 @@ class AllocateRanks(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Search, enable, report."""
-        if stage != "fit":
-            return
+        if stage == "fit":
+            self.allocate(trainer, pl_module)
+
+    def allocate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> SearchResult:
+        """Do it; what was found."""
         assert isinstance(pl_module, LitAdapted)
         pl_module.to(trainer.strategy.root_device)
-        result = self.run_search(pl_module, Moment(0, 0, None))
+        result = self.run_search(pl_module, Moment(0, None))
         pl_module.model.enable(result.allocation.ranks, pl_module.seed)
         self.on_found(result)
+        return result
 
 
 @dataclass(frozen=True)

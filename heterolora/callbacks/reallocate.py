@@ -10,10 +10,11 @@ import lightning as L
 import torch
 
 from heterolora.allocators.base import Allocator
-from heterolora.callbacks.allocate import Decided, Found, Moment, Search
+from heterolora.callbacks.allocate import AllocateRanks, Decided, Found, Moment, Search
 from heterolora.errors import SettingError
 from heterolora.history import Decision
 from heterolora.lit import LitAdapted
+from heterolora.prefix import evaluating
 from heterolora.proxies.base import DegenerateScores
 from heterolora.scoring import Probe, Standing
 from heterolora.switching import Off, Switch, changes
@@ -77,14 +78,7 @@ class Dynamic:
         return self.off or ("reset" if self.held == "budget" else "keep")
 
     def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
-        """Refuse what cannot be right with the other settings.
-
-        Args:
-            allocator: makes the allocations.
-            probe: how sites are looked at.
-            scaling: how adapters are scaled.
-            compiled: whether the model is compiled.
-            timed: whether the budget limits the time of a step, by times that are not kept.
+        """As ``AllocationTime`` has it.
 
         Raises:
             SettingError: naming the setting.
@@ -123,7 +117,7 @@ class Dynamic:
         return Reallocate(self, run_search, on_found, on_decision, rule.max_rank, resumed)
 
 
-class Reallocate(L.Callback):
+class Reallocate(AllocateRanks):
     """Searches in ``setup("fit")`` as a static allocation does, then before the batches at which a decision is due.
 
     Args:
@@ -144,9 +138,8 @@ class Reallocate(L.Callback):
         most: int,
         resumed: bool,
     ) -> None:
+        super().__init__(run_search, on_found)
         self.settings = settings
-        self.run_search = run_search
-        self.on_found = on_found
         self.on_decision = on_decision
         self.most = most
         self.resumed = resumed
@@ -158,19 +151,16 @@ class Reallocate(L.Callback):
         if stage != "fit":
             return
         assert isinstance(pl_module, LitAdapted)
-        pl_module.to(trainer.strategy.root_device)
         pl_module.switch = Switch(pl_module.model, pl_module.seed, self.settings.dropping)
         if self.resumed:
             return
-        result = self.run_search(pl_module, Moment(0, 0, None))
+        result = self.allocate(trainer, pl_module)
         ranks = result.allocation.ranks
         if self.settings.held == "all":
             pl_module.switch.hold_all(self.most)
-        pl_module.model.enable(ranks, pl_module.seed)
-        pl_module.switch.take_on(ranks)
+            pl_module.switch.take_on(ranks)
         self.searches, self.decided = 1, 0
-        self.on_found(result)
-        self.on_decision(pl_module, Decision(0, result.scores or {}, _all(pl_module, ranks), "before training"))
+        self.on_decision(Decision(0, result.scores or {}, ranks, "before training"))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """How long training is, and an epoch of it.
@@ -214,10 +204,10 @@ class Reallocate(L.Callback):
         before, why = switch.live, f"step {step}"
         standing = Standing(before, self.settings.margin, self.settings.factors == "own")
         scores: Mapping[str, Any] = {}
-        after = before
+        after: Mapping[str, int] = before
         try:
-            result = self.run_search(lit, Moment(step, self.searches, standing))
-            scores, after = result.scores or {}, _all(lit, result.allocation.ranks)
+            result = self.run_search(lit, Moment(self.searches, standing))
+            scores, after = result.scores or {}, result.allocation.ranks
         except DegenerateScores as error:  # what is trained is not given up for scores that say nothing
             why = f"step {step}: nothing changed, {error}"
             _log.warning("%s", why)
@@ -230,7 +220,7 @@ class Reallocate(L.Callback):
             lit.note({"switch/on": len(gained), "switch/off": len(lost), "switch/jump": jump}, step)
             _log.info("step %d: %d sites gain, %d lose; the loss jumps by %+.2e", step, len(gained), len(lost), jump)
             why = f"step {step}: {len(gained)} gain, {len(lost)} lose, jump {jump:+.2e}"
-        self.on_decision(lit, Decision(step, scores, after, why))
+        self.on_decision(Decision(step, scores, after, why))
 
     def state_dict(self) -> dict[str, Any]:
         """How many searches there were, and when the last was."""
@@ -241,11 +231,6 @@ class Reallocate(L.Callback):
         self.searches, self.decided = state_dict["searches"], state_dict["decided"]
 
 
-def _all(lit: LitAdapted, ranks: Mapping[str, int]) -> dict[str, int]:
-    """A rank for every site of the space."""
-    return {name: ranks.get(name, 0) for name in lit.model.ranks}
-
-
 def _step(moment: int | float, total: int) -> int:
     return moment if isinstance(moment, int) else round(moment * total)
 
@@ -253,11 +238,5 @@ def _step(moment: int | float, total: int) -> int:
 @torch.no_grad()
 def _loss(lit: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
     """Of one batch, without dropout."""
-    model = lit.model
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        return lit.scalar_loss(model, batch).item()
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(lit.model):
+        return lit.scalar_loss(lit.model, batch).item()
