@@ -1,7 +1,12 @@
 """Find an allocation and fine-tune under it: ``python train.py task=mrpc proxy=snip seed=0,1 -m``."""
 
+import os
+import sys
+
 import hydra
 from omegaconf import DictConfig
+
+from heterolora.launch import arguments
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -13,4 +18,5 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = arguments(sys.argv[1:], os.environ)
     main()

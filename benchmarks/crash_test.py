@@ -1,7 +1,8 @@
 """``python -m benchmarks.crash_test``: kill runs with SIGKILL at random moments, go on, and compare every bit.
 
 Static and dynamic runs of ``train.py`` on a tiny model take turns. Each is run once without a break; then, for each
-point, the same command is killed a random time after its start, and given again with ``resume=true`` until it ends.
+point, the same command is killed at a random moment, and given again with ``resume=true`` until it ends. One kill in
+four comes before the first checkpoint, mostly while sites are scored; the others between it and the end of training.
 What must be equal: all trained tensors, metrics, curves, predictions, ranks, and the history of decisions.
 """
 
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _all_points(place: Path, points: int, draw: random.Random) -> int:
     kinds = list(KINDS)[: min(points, len(KINDS))]
-    expected, seconds = {}, {}
+    expected, times = {}, {}
     for kind in kinds:
-        start = time.monotonic()
-        _wait(_start(place / kind, "whole", kind), place / kind / "whole.log")
-        seconds[kind] = time.monotonic() - start
+        times[kind] = _undisturbed(place / kind, kind)
         expected[kind] = what_came_out(place / kind / "whole")
-        sys.stdout.write(f"{kind}, not broken off: {seconds[kind]:.1f} s\n")
+        first, rest = times[kind].first, times[kind].rest
+        sys.stdout.write(f"{kind}, not broken off: first checkpoint after {first:.1f} s, last one {rest:.1f} s later\n")
         sys.stdout.flush()
     same = 0
     for point in range(points):
         kind = kinds[point % len(kinds)]
         outputs = place / f"point_{point}"
-        kills = _killed(outputs, kind, seconds[kind], draw)
+        kills = _killed(outputs, kind, times[kind], draw)
         differing = _differing(expected[kind], what_came_out(outputs / "last"))
         same += not differing
         result = "identical" if not differing else f"DIFFERS in {', '.join(differing)}"
@@ -93,13 +94,45 @@ def _all_points(place: Path, points: int, draw: random.Random) -> int:
     return same
 
 
-def _killed(outputs: Path, kind: str, seconds: float, draw: random.Random) -> list[str]:
+@dataclass(frozen=True)
+class Times:
+    """Of a run that is not broken off.
+
+    Attributes:
+        first: seconds from its start to its first checkpoint.
+        rest: seconds from there to its last one.
+    """
+
+    first: float
+    rest: float
+
+
+def _undisturbed(outputs: Path, kind: str) -> Times:
+    start = time.monotonic()
+    process = _start(outputs, "whole", kind)
+    folder = outputs / "whole" / FOLDER
+    _until_checkpoint(process, folder)
+    first, clock = time.monotonic() - start, time.time()
+    _wait(process, outputs / "whole.log")
+    return Times(first, max(path.stat().st_mtime for path in newest_first(folder)) - clock)
+
+
+def _until_checkpoint(process: subprocess.Popen[bytes], folder: Path) -> None:
+    while process.poll() is None and not any(folder.glob("*.sha256")):
+        time.sleep(0.005)
+
+
+def _killed(outputs: Path, kind: str, times: Times, draw: random.Random) -> list[str]:
     """Kill a run, and in one of three cases the one that goes on with it, too; then let it end."""
     kills = []
     for attempt in range(2 if draw.random() < 1 / 3 else 1):
         name = f"broken_{attempt}"
         process = _start(outputs, name, kind)
-        after = draw.uniform(0.4, 1.0) * seconds  # imports come first, when there is nothing to lose
+        early = draw.random() < 1 / 4
+        # Imports come first, when there is nothing to lose.
+        after = draw.uniform(0.5, 1.0) * times.first if early else draw.uniform(0.0, 1.0) * times.rest
+        if not early:
+            _until_checkpoint(process, outputs / name / FOLDER)
         try:
             process.wait(after)
         except subprocess.TimeoutExpired:
@@ -109,7 +142,7 @@ def _killed(outputs: Path, kind: str, seconds: float, draw: random.Random) -> li
         last = next(newest_first(run / FOLDER), None)
         ended = (run / STATUS).exists() and json.loads((run / STATUS).read_text())["state"] == "finished"
         where = "after its end" if ended else f"after {last.stem}" if last else "before its first checkpoint"
-        kills.append(f"at {after:.1f} s, {where}")
+        kills.append(f"{after:.2f} s after its {'start' if early else 'first checkpoint'}, {where}")
         if ended:  # nothing is left to go on with: the same command again would start anew
             break
     _wait(_start(outputs, "last", kind), outputs / "last.log")

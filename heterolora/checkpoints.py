@@ -27,6 +27,9 @@ FOLDER = "checkpoints"
 CURVES = ("metrics_earlier.csv", "metrics.csv")
 """Files of a run's curves: what it took over from the run that it goes on with, and its own."""
 
+FORMAT = 2
+"""Of what a checkpoint holds; it changes when that does."""
+
 _KEPT = 2
 
 
@@ -84,6 +87,7 @@ class KeepCheckpoints(Checkpoint):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """How much of the curves, and which random numbers, came before it."""
+        checkpoint["format"] = FORMAT
         checkpoint["curves"] = sum(_rows(self.folder.parent / name) for name in CURVES)
         checkpoint["random"] = random_states()
 
@@ -148,6 +152,8 @@ def why_not(path: Path, settings: str) -> str | None:
     identity = content.get("identity") if isinstance(content, Mapping) else None
     if not isinstance(identity, Mapping) or "settings" not in identity:
         return "is no checkpoint of ours"
+    if content.get("format") != FORMAT:
+        return "was written by another version of this program"
     if identity["settings"] != settings:
         return f"belongs to another config (hash {identity['settings']})"
     return None

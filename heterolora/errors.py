@@ -1,4 +1,8 @@
-"""The one error a user is meant to read: which setting, what was given, what is possible."""
+"""Errors that a user is meant to read."""
+
+
+class ProcessLostError(RuntimeError):
+    """A process that this one works with ended before its time; what was finished before is written down."""
 
 
 class SettingError(ValueError):

@@ -25,7 +25,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from heterolora.allocation import Allocation, read_ranks
-from heterolora.errors import SettingError
+from heterolora.errors import ProcessLostError, SettingError
 from heterolora.export import NO_EXPORT
 from heterolora.parts import config_hash, make_parts
 from heterolora.proxies.base import DegenerateScores
@@ -36,10 +36,6 @@ from heterolora.shelf import Shelf
 from heterolora.training import run_training, without_nan
 
 _log = logging.getLogger(__name__)
-
-
-class WorkerLostError(RuntimeError):
-    """A process of the pool ended from outside; what was finished before is written down."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +98,7 @@ def run_cells(
 
     Raises:
         SettingError: if another process is at it, or the processes would fight for cores.
-        WorkerLostError: if a process of the pool was killed.
+        ProcessLostError: if a process of the pool was killed.
     """
     keys = [cell.key for cell in cells]
     if len(set(keys)) < len(keys):
@@ -186,7 +182,7 @@ def _outcomes(cells: Sequence[Cell], folder: Path, workers: int, keep: bool) -> 
         pool.shutdown()
     except BrokenProcessPool as error:
         keys = ", ".join(cell.key for cell in running.values())
-        raise WorkerLostError(
+        raise ProcessLostError(
             f"a process was killed while at {keys} (out of memory?); finished runs are in {folder / ROWS}, "
             "and the same command goes on from there"
         ) from error

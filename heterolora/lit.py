@@ -1,5 +1,6 @@
 """The one Lightning module of all tasks, and the optimizer."""
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torchmetrics import MetricCollection
 
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
 from heterolora.prefix_cache import FrozenPrefix
+from heterolora.processes import ALONE, Processes
 from heterolora.seeds import derive
 from heterolora.switching import Switch, trained_parameters
 from heterolora.tasks.base import Task
@@ -71,6 +72,11 @@ def in_file_order(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torc
     return {key: value[order] for key, value in merged.items()}
 
 
+def share_of(batch: Mapping[str, torch.Tensor]) -> float | torch.Tensor:
+    """What the loss of these rows counts in that of the whole batch, of which other processes have the rest."""
+    return batch.get("share", 1.0)
+
+
 class LitAdapted(L.LightningModule):
     """Trains the adapters and the head of an adapted model on a task.
 
@@ -83,6 +89,7 @@ class LitAdapted(L.LightningModule):
         seed: of the adapters' initialisation and of dropout.
         identity: digests of what a checkpoint belongs to (backbone weights, data); one of anything else is refused.
         prefix: starts forwards above the frozen blocks; None: they run whole.
+        processes: that train the same model, each on its share of every batch.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class LitAdapted(L.LightningModule):
         seed: int,
         identity: Mapping[str, str],
         prefix: FrozenPrefix | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         super().__init__()
         self.model = model
@@ -101,6 +109,7 @@ class LitAdapted(L.LightningModule):
         self.seed = seed
         self.identity = dict(identity)
         self.prefix = prefix
+        self.processes = processes
         self.switch: Switch | None = None
         """Switches sites while training goes on; None where the allocation stands."""
         self.search_seconds: float | None = None
@@ -110,8 +119,6 @@ class LitAdapted(L.LightningModule):
         self.found: dict[str, dict[str, float]] = {}  # split -> metric -> value, of its last evaluation
         self.validated_step: int | None = None
         self._in_curves: int | None = None  # step of the last validation in the curves, perhaps of an earlier process
-        self._metrics: dict[str, MetricCollection] = {}
-        self._losses: dict[str, torch.Tensor] = {}
         self._epoch_loss = torch.zeros((), dtype=torch.float64)  # sum over the epoch's examples so far
         self._epoch_rows = 0
 
@@ -123,14 +130,20 @@ class LitAdapted(L.LightningModule):
         """The loss."""
         with self._entered(batch, "train"):
             loss = self.scalar_loss(self.model, batch)
-        rows = len(batch["labels"])
+        rows, share = len(batch["labels"]), share_of(batch)
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False, batch_size=rows)
         steps = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0 or self.trainer.is_last_batch
         if steps and (self.trainer.global_step + 1) % LOG_EVERY == 0:
-            self.note({"train/loss_step": loss.item()}, self.trainer.global_step)
-        self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach().double() * rows
-        self._epoch_rows += rows
-        return loss
+            whole = self.processes.summed(loss.detach() * share)
+            self.note({"train/loss_step": whole.item()}, self.trainer.global_step)
+        if share:
+            self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach().double() * rows
+        self._epoch_rows += rows if share else 0
+        return loss * share
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradient of the whole batch, before it is clipped."""
+        self.processes.sum_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def _entered(self, batch: Mapping[str, torch.Tensor], split: str) -> AbstractContextManager[None]:
         """Forwards of this batch start above the frozen prefix, if that is wanted."""
@@ -139,12 +152,15 @@ class LitAdapted(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed dropout, from the run's seed and the position alone: the same for every allocation and after a resume.
 
+        Processes beside the first draw other numbers than it does.
+
         Raises:
             RuntimeError: if the allocation never happened.
         """
         if not self.model.held_parameters:
             raise RuntimeError("no adapter is enabled: the allocation callback did not run before training")
-        torch.manual_seed(derive(self.seed, "dropout", self.trainer.current_epoch, batch_idx))
+        of = () if self.processes.leads else (self.processes.rank,)
+        torch.manual_seed(derive(self.seed, "dropout", self.trainer.current_epoch, batch_idx, *of))
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean loss, which a resume within the epoch must not change; stop a run that has diverged.
@@ -152,7 +168,9 @@ class LitAdapted(L.LightningModule):
         Raises:
             FloatingPointError: if it is not finite.
         """
-        loss = (self._epoch_loss / self._epoch_rows).float()
+        mine = torch.stack([self._epoch_loss.cpu(), torch.tensor(self._epoch_rows, dtype=torch.float64)])
+        total, rows = self.processes.summed(mine)
+        loss = (total / rows).float()
         self._epoch_loss, self._epoch_rows = torch.zeros((), dtype=torch.float64), 0
         self.log("train/loss_epoch", loss, logger=False)
         self.note({"train/loss_epoch": loss.item()}, self.trainer.global_step - 1)
@@ -213,26 +231,36 @@ class LitAdapted(L.LightningModule):
 
     def _begin(self, split: str) -> None:
         self.outputs[split] = []
-        self._metrics[split] = self.task.make_metrics().to(self.device)
-        self._losses[split] = torch.zeros((), device=self.device)
 
     def _evaluate(self, split: str, batch: dict[str, torch.Tensor]) -> None:
         with self._entered(batch, split):
             logits = self.task.logits(self.model, batch)
         predictions = self.task.predict(logits)
-        self._metrics[split].update(predictions, batch["labels"])
-        self._losses[split] = self._losses[split] + self.task.loss(logits, batch) * len(batch["labels"])
         kept = {"index": batch["index"], "labels": batch["labels"], "prediction": predictions, "logits": logits.float()}
+        kept["loss"] = self.task.loss(logits, batch) * len(batch["labels"])
         self.outputs[split].append({key: value.cpu() for key, value in kept.items()})
 
     def _end(self, split: str, curves: bool = True) -> None:
-        computed = self._metrics[split].compute()
+        self.outputs[split] = parts = self._all_batches(self.outputs[split])
+        metrics, loss = self.task.make_metrics(), torch.zeros(())
+        for part in parts:
+            metrics.update(part["prediction"], part["labels"])
+            loss = loss + part.pop("loss")
+        computed = metrics.compute()
         found = {name: computed[name] for name in self.task.metrics}
-        found["loss"] = self._losses[split] / sum(len(part["index"]) for part in self.outputs[split])
+        found["loss"] = loss / sum(len(part["index"]) for part in parts)
         for name, value in found.items():
             shown = split == "validation" and name != "loss"
             self.log(f"{split}/{name}", value, prog_bar=shown, logger=None if curves else False)
         self.found[split] = {name: value.item() for name, value in found.items()}
+
+    def _all_batches(self, mine: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+        """Those of all processes, in the order in which one alone would have met them."""
+        if self.processes.alone:
+            return mine
+        rounds = zip(*self.processes.gathered(mine), strict=True)
+        by_row = {int(part["index"][0]): part for parts in rounds for part in parts}  # one may come twice, to fill up
+        return list(by_row.values())
 
     def predictions(self, split: str) -> dict[str, torch.Tensor]:
         """The last evaluation of a split, in file order: ``index``, ``labels``, ``prediction``, ``logits``."""
@@ -251,6 +279,28 @@ class LitAdapted(L.LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.settings.factor(step, total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def check_replicas(self) -> None:
+        """Compare what is trained, and what the optimizer knows of it, with the other processes'.
+
+        Raises:
+            RuntimeError: if a bit differs.
+        """
+        if self.processes.alone:
+            return
+        found = hashlib.sha256(repr(sorted(self.model.ranks.items())).encode())
+        state: list[torch.Tensor] = list(self.model.trained_state_dict().values())
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    state += [value for _, value in sorted(optimizer.state.get(parameter, {}).items())]
+        if self.switch is not None:
+            state += [value for _, kept in sorted(self.switch.state_dict()["kept"].items()) for value in kept.values()]
+        for value in state:
+            found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        digests = self.processes.gathered(found.hexdigest())
+        if len(set(digests)) > 1:
+            raise RuntimeError(f"processes hold different adapters at step {self.trainer.global_step}: {digests}")
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -274,7 +324,7 @@ class LitAdapted(L.LightningModule):
         checkpoint["frozen"] = sorted(self.model.frozen)
         checkpoint["switch"] = None if self.switch is None else self.switch.state_dict()
         checkpoint["identity"] = self.identity
-        checkpoint["epoch_loss"] = {"sum": self._epoch_loss, "rows": self._epoch_rows}
+        checkpoint["epoch_loss"] = self.processes.gathered({"sum": self._epoch_loss.cpu(), "rows": self._epoch_rows})
         checkpoint["seconds"] = {"search": self.search_seconds, "training": self.training_seconds}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -291,7 +341,11 @@ class LitAdapted(L.LightningModule):
         self._in_curves = checkpoint["in_curves"]
         if self.switch is not None:
             self.switch.load_state_dict(checkpoint["switch"])
-        self._epoch_loss, self._epoch_rows = checkpoint["epoch_loss"]["sum"], checkpoint["epoch_loss"]["rows"]
+        if len(checkpoint["epoch_loss"]) != self.processes.size:
+            given = f"a checkpoint of {len(checkpoint['epoch_loss'])} processes"
+            raise SettingError("resume", given, f"there are {self.processes.size} now")
+        mine = checkpoint["epoch_loss"][self.processes.rank]
+        self._epoch_loss, self._epoch_rows = mine["sum"], mine["rows"]
         self.search_seconds = checkpoint["seconds"]["search"]
         self._seconds_before = checkpoint["seconds"]["training"]
 
@@ -300,8 +354,9 @@ class LitAdapted(L.LightningModule):
         self._training_since = time.perf_counter()
 
     def on_train_end(self) -> None:
-        """And stops."""
+        """And stops; what every process ends with is the same."""
         self._seconds_before, self._training_since = self.training_seconds, None
+        self.check_replicas()
 
     @property
     def training_seconds(self) -> float:

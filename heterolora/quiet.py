@@ -10,6 +10,7 @@ HINTS = (
     ".*The number of training batches .* is smaller than the logging interval.*",
     ".*Experiment logs directory .* exists and is not empty.*",  # it is the run's own folder
     ".*The dirpath has changed from.*",  # a resumed run writes to a folder of its own
+    ".*It is recommended to use `self.log.*sync_dist=True.*",  # all processes log the same value
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",  # Lightning's own use of torch
 )
 """Warnings of libraries that a user can do nothing about."""

@@ -3,6 +3,7 @@
 import errno
 import logging
 import math
+import os
 import signal
 import threading
 import time
@@ -17,18 +18,20 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException, HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from heterolora.build import build
 from heterolora.callbacks.allocate import Static
-from heterolora.errors import SettingError
-from heterolora.farm import WorkerLostError
+from heterolora.errors import ProcessLostError, SettingError
+from heterolora.launch import OURS, Followers, Place, find_place, leave_with_starter
 from heterolora.parts import NODES, Parts, config_hash, make_parts
+from heterolora.processes import ALONE, Processes, joined, listening, waiting
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
-from heterolora.resume import STATUS, find_resume, mark_continued, this_process
+from heterolora.resume import STATUS, Resume, find_resume, mark_continued, this_process
 from heterolora.searching import Questions, run_search
 from heterolora.shipped import config_folder, option
 from heterolora.tables import TableSettings, table_of
@@ -39,6 +42,10 @@ _log = logging.getLogger(__name__)
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR)
 """Errors of a disk or a folder that only the user can mend."""
+
+
+_EXPECTED = (SettingError, DegenerateScores, FloatingPointError, ProcessLostError)
+"""Errors whose message says it all."""
 
 
 class RunFailed(CompactHydraException):
@@ -58,21 +65,29 @@ def train(cfg: DictConfig) -> float:
     folder = Path(hydra.runtime.output_dir)
     choices = own_choices(hydra.runtime.choices)
     quieten()
+    place = find_place(os.environ)
+    if place is not None and place.rank:
+        _follow(cfg, choices, place)
+        return math.nan
     with _status(folder) as status:
         _check_choices(choices, hydra.overrides.task)
         config = _resolved(cfg)
         if config["tournament"] is not None:
+            if place is not None:
+                raise SettingError("tournament", place.starter, "a tournament starts its processes itself")
             _hold_tournament(config, hydra.overrides.task)
             return math.nan
         parts = make_parts(config, choices)
         status["config_hash"] = config_hash(config)
         status["overrides"] = list(hydra.overrides.task)
         write_json(folder / STATUS, status)
-        resume = None if parts.dry else find_resume(config, folder)
-        if resume is not None:
-            status["resumed_from"] = str(resume.run)
+        with _together(parts, folder, place, hydra.mode == RunMode.MULTIRUN) as processes:
+            status["processes"] = processes.size
+            _, resume = _shared(parts, config, folder, processes)
+            if resume is not None:
+                status["resumed_from"] = str(resume.run)
             write_json(folder / STATUS, status)
-        summary = run_training(parts, config, folder, resume)
+            summary = run_training(parts, config, folder, resume, processes=processes)
         if parts.dry:
             status["state"] = "planned"
         if resume is not None:
@@ -81,6 +96,74 @@ def train(cfg: DictConfig) -> float:
         return math.nan
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
+
+
+def _follow(cfg: DictConfig, choices: Mapping[str, Any], place: Place) -> None:
+    """The part of every process of a run but the first.
+
+    Raises:
+        RunFailed: for anything that a user can mend, and where another process is gone.
+    """
+    leave_with_starter(os.environ)
+    logging.getLogger("heterolora").setLevel(logging.WARNING)  # what happens is told once
+    try:
+        config = _resolved(cfg)
+        parts = make_parts(config, choices)
+        with _terminable(), joined(place, parts.trainer.uses_cuda()) as processes:
+            folder, resume = _shared(parts, config, Path(), processes)
+            run_training(parts, config, folder, resume, processes=processes)
+    except _EXPECTED as error:
+        raise RunFailed(str(error)) from error
+
+
+@contextmanager
+def _together(parts: Parts, folder: Path, place: Place | None, multirun: bool) -> Iterator[Processes]:
+    """All processes of the run whose first one this is; they are started here, or were by torchrun or srun.
+
+    Raises:
+        SettingError: if these settings start processes where none can be started.
+        ProcessLostError: if one ends before its time, saying which and why.
+    """
+    trainer = parts.trainer
+    if place is None and (trainer.devices == 1 or parts.dry):
+        yield ALONE
+        return
+    if multirun:
+        raise SettingError(
+            "trainer.devices",
+            trainer.devices if place is None else f"{place.size}, by {place.starter}",
+            "not in a sweep (-m), whose jobs would each start their processes by the sweep's own command: give one run "
+            "at a time",
+        )
+    if place is not None:
+        with joined(place, trainer.uses_cuda()) as processes:
+            yield processes
+        return
+    store = listening()
+    followers = Followers(trainer.devices - 1, folder, store.port, waiting)
+    finished = False
+    try:
+        own = Place(0, trainer.devices, 0, trainer.devices, "127.0.0.1", store.port, OURS)
+        with joined(own, trainer.uses_cuda(), store, followers.lost) as processes:
+            yield processes
+        finished = True
+    except (ProcessLostError, SystemExit) as error:
+        if (lost := followers.lost_soon(5.0 if isinstance(error, ProcessLostError) else 0.0)) is not None:
+            raise ProcessLostError(lost) from error
+        raise
+    finally:
+        followers.end(finished)
+
+
+def _shared(parts: Parts, config: Mapping[str, Any], folder: Path, processes: Processes) -> tuple[Path, Resume | None]:
+    """The run's folder, and the run to go on with, as the first process has them."""
+    processes.check_equal("the config", config_hash(config))
+
+    def find() -> tuple[Path, Resume | None]:
+        look = processes.leads and not parts.dry
+        return folder.absolute(), find_resume(config, folder) if look else None
+
+    return processes.agreed(find, SettingError)
 
 
 def _resolved(cfg: DictConfig) -> dict[str, Any]:
@@ -105,6 +188,8 @@ def search(cfg: DictConfig) -> None:
     with _status(folder) as status:
         _check_choices(choices, overrides)
         config = _resolved(cfg)
+        if (place := find_place(os.environ)) is not None:
+            raise SettingError("search.py", f"{place.size} processes, by {place.starter}", "a search takes one")
         for key, only in (("tournament", None), ("run", "full"), ("resume", False), ("start_from", None)):
             if config[key] != only:
                 raise SettingError(key, config[key], f"is for train.py; a search has {str(only).lower()} there")
@@ -299,7 +384,7 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         with _terminable():
             yield status
-    except (SettingError, DegenerateScores, FloatingPointError, WorkerLostError) as error:
+    except _EXPECTED as error:
         end("failed", error=str(error))
         raise RunFailed(str(error)) from error
     except OSError as error:

@@ -23,6 +23,7 @@ from heterolora.allocators.timed import allocate_in_time
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
+from heterolora.processes import ALONE, Processes
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights, looks_at_batches, needs_trained
 from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Measure, Statistic, Track, Values, gather
 from heterolora.report.memory import kept_mib
@@ -146,6 +147,7 @@ def search(
     limit: Callable[[], StepLimit | None] | None = None,
     standing: Standing | None = None,
     measure: Measure | None = None,
+    processes: Processes = ALONE,
 ) -> SearchResult:
     """Score the sites of the model's space and allocate the budget; nothing is enabled, nothing is changed.
 
@@ -164,6 +166,7 @@ def search(
         limit: measures what the budget's ``step_time`` means (``calibration.step_limit``), on the model as it is.
         standing: what is trained already, for a search in the middle of training; None: nothing is.
         measure: says how well the model predicts, for proxies that ask; None: they take the loss.
+        processes: all that search, each with the same model and batches.
 
     Raises:
         DegenerateScores: if the scores rank nothing.
@@ -191,6 +194,7 @@ def search(
             track=track,
             measure=measure,
             own=standing is not None and standing.own,
+            processes=processes,
         )
         scores = found.scores[name]
     allocation = allocate(allocator, scores, resolved, space, model.family, most, standing)
@@ -339,6 +343,7 @@ def score_all(
     numbers: int | None = None,
     own: bool = False,
     measure: Measure | None = None,
+    processes: Processes = ALONE,
 ) -> Scored:
     """Scores by several proxies, from one pass over the batches for all that share it; see ``search``.
 
@@ -360,6 +365,7 @@ def score_all(
         numbers: how many numbers may be held for the sites; None: as many as a training step leaves room for.
         own: sites whose adapter was trained are scored by its factors, and not by the probe's.
         measure: says how well the model predicts, for proxies that ask; None: they take the loss.
+        processes: all that score, each with the same model and batches; resampling is for one alone.
 
     Raises:
         DegenerateScores: if the scores of a proxy rank nothing.
@@ -379,12 +385,15 @@ def score_all(
     later = {name: proxy for name, proxy in proxies.items() if needs_trained(proxy) or _sees_trained(probe)}
     now = {name: proxy for name, proxy in proxies.items() if name not in later}
     coming = cycle(warmup)
+    made = partial(
+        Bench, model, batches, loss, reduction=probe.reduction, track=track, measure=measure, processes=processes
+    )
     with untouched(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         if any(sees_head(proxy) for proxy in proxies.values()) or probe.trains_adapters(later.values()):
             warm_up_head(model, loss, coming, probe.head_warmup_steps, probe.head_warmup_lr, track)
         found = []
         if now:
-            bench = Bench(model, batches, loss, probe.live, probe.reduction, track, measure)
+            bench = made(live=probe.live)
             adapters = _probe_adapters(model, probe, seed)
             if own:
                 held: dict[str, Any] = {name: model.adapter(name) for name in model.held}
@@ -397,7 +406,7 @@ def score_all(
                 adapters = _adapters(model, lambda site: model.family.build(site, probe.rank, seed))
                 steps, rates = probe.adapter_warmup_steps, (probe.adapter_warmup_lr, probe.head_warmup_lr)
                 warm_up_adapters(model, loss, coming, adapters, steps, *rates, track)
-            bench = Bench(model, batches, loss, bool(probe.adapter_warmup_steps), probe.reduction, track, measure)
+            bench = made(live=bool(probe.adapter_warmup_steps))
             found.append(_Pass(bench, adapters, later, seed, resampling).scored(numbers))
     return _joined(found, list(proxies))
 

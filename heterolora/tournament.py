@@ -139,7 +139,7 @@ def run_tournament(tournament: Tournament, compose: Compose, overrides: Sequence
         SettingError: if methods differ in what they must share, hold unequal parameters as far as is known before
             scores are, the folder holds another declaration, a trial failed, or a control differs from the run that it
             repeats.
-        WorkerLostError: see ``run_cells``.
+        ProcessLostError: see ``run_cells``.
     """
     plan = _Plan(tournament, compose, overrides)
     plan.check()

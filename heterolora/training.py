@@ -15,13 +15,14 @@ import lightning as L
 import pandas as pd
 import torch
 import yaml
+from lightning.pytorch.callbacks import ProgressBar
 from safetensors.torch import save_file
 
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
 from heterolora.calibration import kept_step_times, step_limit
-from heterolora.callbacks.allocate import Moment
+from heterolora.callbacks.allocate import Moment, Static
 from heterolora.callbacks.progress import track
 from heterolora.checkpoints import CURVES
 from heterolora.data.module import TextData
@@ -36,9 +37,11 @@ from heterolora.parts import Parts, config_hash
 from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.prefix_cache import FrozenPrefix
+from heterolora.processes import ALONE, Processes
 from heterolora.provenance import provenance, versions
-from heterolora.proxies.base import Score, looks_at_batches
+from heterolora.proxies.base import DegenerateScores, Score, looks_at_batches
 from heterolora.report.files import write_json, write_text, write_whole
+from heterolora.report.loggers import Silent
 from heterolora.report.memory import peak_mib, reset_peak
 from heterolora.report.picture import HISTORY_PICTURE, draw_history
 from heterolora.report.plan import print_plan
@@ -61,6 +64,7 @@ def run_training(
     resume: Resume | None,
     shelf: Shelf | None = None,
     accept: Callable[[Allocation], None] | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Run everything and leave the results in ``folder``.
 
@@ -71,15 +75,21 @@ def run_training(
         resume: an earlier run to go on with.
         shelf: data and backbones that other runs of this process use, too; None: load them for this run.
         accept: looks at the allocation before anything is trained, and raises if it will not do.
+        processes: all that work on this run, with the same arguments; the first writes the files.
 
     Returns:
         The summary that is also written to ``summary.json``; a metric that is not defined is NaN here and null there.
-        A dry run trains nothing, and returns what ``plan.json`` holds.
+        A dry run trains nothing, and returns what ``plan.json`` holds. Processes beside the first return nothing.
     """
+    if not parts.dry:
+        parts.trainer.check_processes(processes)
+    if not processes.leads:
+        shown = [callback for callback in parts.callbacks if isinstance(callback, ProgressBar)]
+        parts = replace(parts, logger=Silent(), callbacks=[c for c in parts.callbacks if c not in shown])
     reset_peak()
     threads = torch.get_num_threads()
     try:
-        return _Run(parts, config, folder, resume, shelf or Shelf(keep=False), accept).execute()
+        return _Run(parts, config, folder, resume, shelf or Shelf(keep=False), accept, processes).execute()
     finally:
         parts.logger.close(None)
         torch.set_num_threads(threads)
@@ -96,6 +106,7 @@ class _Run:
         resume: Resume | None,
         shelf: Shelf,
         accept: Callable[[Allocation], None] | None,
+        processes: Processes,
     ) -> None:
         self.parts = parts
         self.config = config
@@ -103,6 +114,7 @@ class _Run:
         self.resume = resume
         self.shelf = shelf
         self.accept = accept
+        self.processes = processes
 
     def execute(self) -> dict[str, Any]:
         parts = self.parts
@@ -123,19 +135,21 @@ class _Run:
         budget = parts.budget.resolve(space)
         check_budget(parts.allocator, budget, space, parts.adapter)
         self._check_allocation()
+        self._check_shards(backbone)
         rehearse(parts.allocator, budget, space, parts.adapter)
         if self._scored:
             check_trained({self._proxy_name: parts.proxy}, parts.probe, model)
-        data = self.shelf.tokens(parts, given, material, backbone)
+        data = self.shelf.tokens(parts, given, material, backbone).among(self.processes)
         identity = {
             "settings": config_hash(given),
             "backbone weights": backbone.fingerprint,
             "data": digest(splits, task),
         }
+        self.processes.check_equal("backbone and data", repr(identity))
         prefix = self._prefix(data, model, backbone)
-        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, prefix)
+        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, prefix, self.processes)
         if parts.dry:
-            return self._plan(module, data, splits)
+            return self._plan(module, data, splits) if self.processes.leads else {}
         parts.trainer.compile_model(model)
         allocating = parts.allocation.callback(
             lambda lit, moment: self._search(lit, data, backbone, moment),
@@ -146,17 +160,21 @@ class _Run:
         )
         callbacks = [*parts.callbacks, *([] if allocating is None else [allocating])]
         logger = parts.logger.open(self.folder, self.folder.name, self.config)
-        trainer = parts.trainer.make(self.folder, callbacks, logger, parts.optimizer.clip)
+        trainer = parts.trainer.make(self.folder, callbacks, logger, parts.optimizer.clip, self.processes)
         ckpt_path = None
         if self.resume is not None:
             ckpt_path = self.resume.checkpoint
-            self._adopt(self.resume)
+            if self.processes.leads:
+                self._adopt(self.resume)
         module.train()  # backbones are loaded in evaluation mode, and Lightning keeps the mode it finds
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
-        self._settle(module, data, backbone)
+        if self.processes.leads:
+            self._settle(module, data, backbone)
         metrics = self._evaluate(trainer, module, data, splits.tests if parts.trainer.test else ())
+        if not self.processes.leads:
+            return {}
         summary = self._summary(module, metrics, splits, material.origin, backbone, trainer)
         self._write_results(module, summary)
         self._hand_over(module, data, summary)
@@ -214,6 +232,22 @@ class _Run:
         scaling = getattr(parts.adapter, "scaling", "constant")
         parts.allocation.check(parts.allocator, parts.probe, scaling, parts.trainer.compile, timed)
 
+    def _check_shards(self, backbone: Backbone) -> None:
+        """Refuse what one process does by itself, or in another order than the others, where each holds a share."""
+        parts = self.parts
+        if parts.trainer.strategy != "fsdp" or parts.dry:
+            return
+        for setting, given, refused, possible in (
+            ("allocation", parts.choices.get("allocation"), not isinstance(parts.allocation, Static), "static"),
+            ("prefix.cache", True, parts.prefix.cache, "false"),
+            ("prefix.dropout", False, not parts.prefix.dropout, "true"),
+            ("trainer.compile", True, parts.trainer.compile, "false"),
+            ("model.gradient_checkpointing", True, backbone.gradient_checkpointing, "false"),
+            ("export.peft", True, parts.export.peft, "false: what is exported is compared on a whole model, later"),
+        ):
+            if refused:
+                raise SettingError(setting, given, f"with trainer.strategy=fsdp: {possible}")
+
     def _search(self, lit: LitAdapted, data: TextData, backbone: Backbone, moment: Moment) -> SearchResult:
         parts = self.parts
         scored = self._scored
@@ -221,7 +255,8 @@ class _Run:
         # A head that is trained needs no warming up.
         probe = parts.probe if moment.standing is None else replace(parts.probe, head_warmup_steps=0)
         device = next(lit.model.backbone.parameters()).device
-        result = search(
+        look = partial(
+            search,
             lit.model,
             lit.scalar_loss,
             [{key: value.to(device) for key, value in batch.items()} for batch in batches],
@@ -232,11 +267,13 @@ class _Run:
             probe=probe,
             seed=parts.seed,
             proxy_name=self._proxy_name,
-            track=track if moment.standing is None else untracked,
+            track=track if moment.standing is None and self.processes.leads else untracked,
             limit=lambda: self._limit(lit, data),
             standing=moment.standing,
             measure=FirstMetric(parts.task),
+            processes=self.processes,
         )
+        result = self.processes.agreed(look, DegenerateScores)
         found = result.allocation
         lit.add_search(result.seconds)
         if moment.standing is not None:
@@ -257,7 +294,7 @@ class _Run:
             device = next(lit.model.backbone.parameters()).device
             batch = {key: value.to(device) for key, value in data.typical_batch().items()}
             cache = None if self.parts.data.cache_dir is None else Path(self.parts.data.cache_dir)
-            return kept_step_times(lit.model, lit.scalar_loss, batch, cache, track)
+            return self.processes.once(lambda: kept_step_times(lit.model, lit.scalar_loss, batch, cache, track))
 
         limit = step_limit(self.parts.budget, lit.model.space.survey, times)
         return limit and replace(limit, cached=self.parts.prefix.cache)
@@ -266,7 +303,8 @@ class _Run:
         """The ranks are enabled: fill them if training goes on from an adapter, and write down what was found."""
         if self.parts.start_from is not None:
             start_from(model, backbone, self.parts.start_from)
-        self._found(result, model.space, backbone.fingerprint)
+        if self.processes.leads:
+            self._found(result, model.space, backbone.fingerprint)
 
     def _found(self, result: SearchResult, space: Space, backbone: str) -> None:
         """Write down what was found, before training starts."""
@@ -280,7 +318,8 @@ class _Run:
 
     def _decided(self, decision: Decision) -> None:
         """Write a decision down at once."""
-        append_decision(self.folder / HISTORY, decision)
+        if self.processes.leads:
+            append_decision(self.folder / HISTORY, decision)
 
     def _settle(self, module: LitAdapted, data: TextData, backbone: Backbone) -> None:
         """Training under changing allocations is over: the last one is the run's, and the history is drawn."""
@@ -404,6 +443,7 @@ class _Run:
             "epochs": trainer.current_epoch,
             "backbone": backbone.fingerprint,
             "threads": torch.get_num_threads(),
+            "processes": self.processes.size,
             "versions": versions(),
             "resumed_from": None if self.resume is None else str(self.resume.run),
             "folder": str(self.folder),

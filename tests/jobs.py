@@ -105,3 +105,11 @@ class FullDisk(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class FailsInFollower(L.Callback):
+    """Fails in every process of a run but the first."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_rank:
+            raise FloatingPointError("the loss is lost")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from heterolora.errors import SettingError
-from heterolora.farm import Cell, WorkerLostError, code_version, pending, run_cells
+from heterolora.errors import ProcessLostError, SettingError
+from heterolora.farm import Cell, code_version, pending, run_cells
 from heterolora.results import ROWS, RowFile
 from heterolora.run import composer
 from tests.jobs import TINY, prepare, train
@@ -159,7 +159,7 @@ def test_a_process_that_is_ended_from_outside_loses_its_own_run_only(tmp_path, m
     good = cell("allocator=uniform", "budget=qv_r2", "seed=0")
     bad = cell("allocator=uniform", "budget=qv_r2", "seed=1", group="killed")
     bad.config["allocator"]["_target_"] = "tests.test_farm.Exit"
-    with pytest.raises(WorkerLostError, match="killed-s1"):
+    with pytest.raises(ProcessLostError, match="killed-s1"):
         run_cells([good, bad], tmp_path / "rows", workers=1, keep=False)
     assert [one.key for one in pending([good, bad], tmp_path / "rows")] == [bad.key]
     rows = run_cells([good, bad], tmp_path / "rows", workers=1, keep=False)

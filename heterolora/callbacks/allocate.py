@@ -84,6 +84,7 @@ class AllocateRanks(L.Callback):
         pl_module.to(trainer.strategy.root_device)
         result = self.run_search(pl_module, Moment(0, None))
         pl_module.model.enable(result.allocation.ranks, pl_module.seed)
+        pl_module.check_replicas()
         self.on_found(result)
         return result
 

@@ -13,7 +13,7 @@ from heterolora.allocators.base import Allocator
 from heterolora.callbacks.allocate import AllocateRanks, Decided, Found, Moment, Search
 from heterolora.errors import SettingError
 from heterolora.history import Decision
-from heterolora.lit import LitAdapted
+from heterolora.lit import LitAdapted, share_of
 from heterolora.prefix import evaluating
 from heterolora.proxies.base import DegenerateScores
 from heterolora.scoring import Probe, Standing
@@ -220,6 +220,7 @@ class Reallocate(AllocateRanks):
             lit.note({"switch/on": len(gained), "switch/off": len(lost), "switch/jump": jump}, step)
             _log.info("step %d: %d sites gain, %d lose; the loss jumps by %+.2e", step, len(gained), len(lost), jump)
             why = f"step {step}: {len(gained)} gain, {len(lost)} lose, jump {jump:+.2e}"
+        lit.check_replicas()
         self.on_decision(Decision(step, scores, after, why))
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,6 +238,6 @@ def _step(moment: int | float, total: int) -> int:
 
 @torch.no_grad()
 def _loss(lit: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
-    """Of one batch, without dropout."""
+    """Of one batch of all processes, without dropout."""
     with evaluating(lit.model):
-        return lit.scalar_loss(lit.model, batch).item()
+        return lit.processes.summed(lit.scalar_loss(lit.model, batch) * share_of(batch)).item()

@@ -20,6 +20,7 @@ from heterolora.data.splits import Splits, make_splits, training_table
 from heterolora.data.tables import check_columns, check_texts
 from heterolora.data.tokens import Example, input_length, tokenise, tokenise_table
 from heterolora.errors import SettingError
+from heterolora.processes import ALONE, Processes
 from heterolora.seeds import derive
 from heterolora.tasks.base import Task, text_columns
 
@@ -159,10 +160,16 @@ def _check_length(task: Task, tokenizer: Any, positions: int | None, multiple: i
         raise SettingError("task.max_length", task.max_length, f"this model's limit is {longest} tokens")
 
 
-def _by_length(examples: Any, batch_size: int, collate: "_Collator") -> DataLoader[Example]:
+def _by_length(
+    examples: Any, batch_size: int, collate: "_Collator", processes: Processes = ALONE
+) -> DataLoader[Example]:
     order = sorted(range(len(examples)), key=lambda row: input_length(examples[row]))
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    mine = list(processes.mine(batches))
+    if len(mine) < -(-len(batches) // processes.size):  # all do as many; LitAdapted drops what comes twice
+        mine.append(batches[0])
     generator = torch.Generator()  # of its own: a loader draws a number that it has no use for
-    return DataLoader(examples, batch_size=batch_size, sampler=order, collate_fn=collate, generator=generator)
+    return DataLoader(examples, batch_sampler=mine, collate_fn=collate, generator=generator)
 
 
 class Resumable(DataLoader[Example]):
@@ -177,6 +184,8 @@ class Resumable(DataLoader[Example]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._given = self.batch_sampler.first
         for batch in super().__iter__():
+            if not self.batch_sampler.processes.alone:
+                batch["share"] = torch.tensor(self.batch_sampler.share(self._given))
             self._given += 1  # before it is given: a checkpoint is written while it is in use
             yield batch
 
@@ -237,6 +246,13 @@ class TextData(L.LightningDataModule):
         self._training: Resumable | None = None
         self._position = {"batches": 0}
         self._collate = _Collator(tokenizer, settings.pad_to_multiple_of)
+        self._processes = ALONE
+
+    def among(self, processes: Processes) -> "TextData":
+        """The same tokens, of whose batches these processes each take a share in training and in evaluation."""
+        other = copy.copy(self)
+        other._processes = processes
+        return other
 
     def reseeded(self, seed: int) -> "TextData":
         """The same tokens in the order of another seed; this one must not have been given to a trainer."""
@@ -251,7 +267,7 @@ class TextData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Example]:
         """Seeded order, batches of similar length."""
         examples: Any = self.examples["train"]
-        batches = Batches(self._sampler("training"), self.settings.batch_size)
+        batches = Batches(self._sampler("training"), self.settings.batch_size, self._processes)
         self._training = Resumable(
             examples, batch_sampler=batches, collate_fn=self._collate, generator=torch.Generator()
         )
@@ -323,4 +339,4 @@ class TextData(L.LightningDataModule):
         return SimilarLength(lengths, self.settings.batch_size, derive(self.seed, purpose))
 
     def _evaluation(self, split: str) -> DataLoader[Example]:
-        return _by_length(self.examples[split], self.settings.eval_batch_size, self._collate)
+        return _by_length(self.examples[split], self.settings.eval_batch_size, self._collate, self._processes)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
+from heterolora.processes import ALONE, Processes
 from heterolora.seeds import derive
 
 _POOL = 32  # batches that are sorted together: enough to save padding, few enough to keep batches random
@@ -12,16 +13,18 @@ _POOLS = 7  # at least so many pools in an epoch, or the batches of a small set 
 
 
 class Batches(Sampler[list[int]]):
-    """Batches of an order, from any of them on.
+    """Batches of an order, from any of them on; of each batch, the rows of one process.
 
     Args:
         sampler: rows in the order in which they are seen; Lightning tells it the epoch, under this name.
-        batch_size: rows in a batch; the last may have fewer.
+        batch_size: rows in a batch of all processes together; the last may have fewer.
+        processes: that share each batch.
     """
 
-    def __init__(self, sampler: "SimilarLength", batch_size: int) -> None:
+    def __init__(self, sampler: "SimilarLength", batch_size: int, processes: Processes = ALONE) -> None:
         self.sampler = sampler
         self.batch_size = batch_size
+        self.processes = processes
         self.first = 0
 
     def __len__(self) -> int:
@@ -32,7 +35,13 @@ class Batches(Sampler[list[int]]):
         rows = list(self.sampler)
         first, self.first = self.first, 0
         for at in range(first * self.batch_size, len(rows), self.batch_size):
-            yield rows[at : at + self.batch_size]
+            batch = rows[at : at + self.batch_size]
+            yield list(self.processes.mine(batch)) or batch[:1]  # all compute something, if only to throw it away
+
+    def share(self, number: int) -> float:
+        """This process's part of the rows of an epoch's batch (from 0): what its mean loss counts in the batch's."""
+        rows = min(self.batch_size, len(self.sampler) - number * self.batch_size)
+        return len(self.processes.mine(range(rows))) / rows
 
 
 class SimilarLength(Sampler[int]):

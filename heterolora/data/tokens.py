@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,10 @@ def _cached(folder: Path, tables: Mapping[str, pd.DataFrame]) -> dict[str, list[
     except (OSError, ValueError, KeyError) as error:  # pyarrow's errors are of the first two
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     _log.warning("cached tokens in %s are damaged (%s); making them anew", folder, reason)
-    shutil.rmtree(folder)
+    away = folder.with_name(f"{folder.name}.damaged-{os.getpid()}")
+    with suppress(FileNotFoundError):  # another process was there first
+        os.rename(folder, away)
+        shutil.rmtree(away)
     return None
 
 

@@ -15,6 +15,7 @@ import torch
 from heterolora.adapters.base import Adapter
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
+from heterolora.processes import ALONE, Processes
 from heterolora.sites import Site
 
 Batch: TypeAlias = Mapping[str, torch.Tensor]
@@ -22,6 +23,9 @@ Loss: TypeAlias = Callable[[AdaptedModel, Batch], torch.Tensor]
 """A scalar loss of a model on a batch."""
 
 Values: TypeAlias = tuple[torch.Tensor, ...]
+
+_MESSAGE = 2**20
+"""Numbers of which processes make one message; a site's values are never parted."""
 
 ByBatch: TypeAlias = Literal["exact", "projected", "never"]
 
@@ -249,6 +253,7 @@ class Bench:
         track: shows progress over the batches.
         measure: says how well the model predicts; None: the loss is all that is known.
         notes: where a proxy with a pass of its own leaves plain values for the record, such as what it cost.
+        processes: those that share the pass which proxies have in common; a proxy's own pass each of them makes whole.
     """
 
     model: AdaptedModel
@@ -259,6 +264,7 @@ class Bench:
     track: Track
     measure: Measure | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    processes: Processes = ALONE
 
     @property
     def share(self) -> float:
@@ -334,6 +340,9 @@ def gather(
         FloatingPointError: if the loss is not finite.
     """
     wanted = tuple(dict.fromkeys(statistics))
+    divided = len(bench.batches) >= bench.processes.size
+    numbered = list(enumerate(bench.batches))
+    mine = bench.processes.mine(numbered) if divided else numbered  # too few batches: every process looks at all
     backward = any(statistic.needs_gradient for statistic in wanted)
     sums: dict[Statistic, MutableMapping[str, Values]] = {statistic: hold(statistic) for statistic in wanted}
     # A second copy of the values is held only where a batch's are not just added to the others'.
@@ -361,7 +370,7 @@ def gather(
     def run() -> None:
         nonlocal tokens
         with model.probing(observe, adapters, backward) as zero:
-            for number, batch in enumerate(bench.track(bench.batches, "scoring", len(bench.batches))):
+            for number, batch in bench.track(mine, "scoring", len(mine)):
                 tokens = _tokens(batch)
                 with torch.set_grad_enabled(backward):
                     value = bench.checked_loss(number, batch)
@@ -383,6 +392,8 @@ def gather(
     finally:
         model.train(was_training)
     _check_all_seen(sums, adapters)
+    if divided:
+        _join(sums, bench.processes)
     _scale(sums, bench.share)
     return sums
 
@@ -395,6 +406,21 @@ def _settle(
         for name, values in found.items():
             add(sums[statistic], name, statistic.settle(values))
         found.clear()
+
+
+def _join(sums: Mapping[Statistic, MutableMapping[str, Values]], processes: Processes) -> None:
+    """What all processes saw, a few sites at a time."""
+    if processes.alone:
+        return
+    for values in sums.values():
+        some: dict[str, Values] = {}
+        for name in (names := sorted(values)):
+            some[name] = values[name]
+            if name == names[-1] or sum(part.numel() for parts in some.values() for part in parts) > _MESSAGE:
+                joined = iter(processes.summed_each([part for parts in some.values() for part in parts]))
+                for known, parts in some.items():
+                    values[known] = tuple(next(joined) for _ in parts)
+                some = {}
 
 
 def _scale(sums: Mapping[Statistic, MutableMapping[str, Values]], share: float) -> None:

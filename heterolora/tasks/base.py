@@ -73,7 +73,10 @@ class Task(Protocol):
         """One prediction an example, comparable with the labels."""
 
     def make_metrics(self) -> MetricCollection:
-        """Fresh metrics, fed with predictions and labels; one that is not defined for them computes to NaN."""
+        """Fresh metrics, fed with predictions and labels; one that is not defined for them computes to NaN.
+
+        They take what they are fed for all there is, and ask no other process (``sync_on_compute=False``).
+        """
 
     def collapsed(self, predictions: torch.Tensor, labels: torch.Tensor) -> bool:
         """Whether the predictions say nothing about the examples."""
@@ -133,7 +136,7 @@ def model_logits(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What of a batch is the model's."""
-    return {key: value for key, value in batch.items() if key not in ("labels", "index")}
+    return {key: value for key, value in batch.items() if key not in ("labels", "index", "share")}
 
 
 def precise(logits: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,8 @@ class Choice:
 
     def make_metrics(self) -> MetricCollection:
         """Fresh torchmetrics."""
-        return MetricCollection({"accuracy": MulticlassAccuracy(len(self.choices), average="micro")})
+        accuracy = MulticlassAccuracy(len(self.choices), average="micro", sync_on_compute=False)
+        return MetricCollection({"accuracy": accuracy})
 
     def collapsed(self, predictions: torch.Tensor, labels: torch.Tensor) -> bool:
         """The same choice is made for all examples although several are right."""

@@ -122,10 +122,10 @@ class Classification:
         """Fresh torchmetrics."""
         count = len(self._names)
         known: dict[str, Metric] = {
-            "accuracy": MulticlassAccuracy(count, average="micro"),
-            "f1": BinaryF1Score(),
-            "f1_macro": MulticlassF1Score(count, average="macro"),
-            "matthews": _Matthews(count),
+            "accuracy": MulticlassAccuracy(count, average="micro", sync_on_compute=False),
+            "f1": BinaryF1Score(sync_on_compute=False),
+            "f1_macro": MulticlassF1Score(count, average="macro", sync_on_compute=False),
+            "matthews": _Matthews(count, sync_on_compute=False),
         }
         return MetricCollection({name: known[name] for name in self.metrics})
 

@@ -32,7 +32,7 @@ class _Correlation(Metric):
     labels: list[torch.Tensor]
 
     def __init__(self, ranks: bool) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self.ranks = ranks
         self.add_state("predictions", default=[], dist_reduce_fx="cat")
         self.add_state("labels", default=[], dist_reduce_fx="cat")
@@ -127,7 +127,7 @@ class Regression:
         known: dict[str, Metric] = {
             "pearson": _Correlation(False),
             "spearman": _Correlation(True),
-            "mse": MeanSquaredError(),
+            "mse": MeanSquaredError(sync_on_compute=False),
         }
         return MetricCollection({name: known[name] for name in self.metrics})
 
