@@ -27,7 +27,7 @@ from torch import nn
 from heterolora.budget import Budget
 from heterolora.errors import SettingError
 from heterolora.layouts import HookPoint
-from heterolora.model import AdaptedModel, adapter_dtype
+from heterolora.model import AdaptedModel
 from heterolora.proxies.evidence import Batch, Loss, Track
 from heterolora.report.files import read_json, write_json
 from heterolora.scoring import untouched, untracked
@@ -481,12 +481,7 @@ class _Clock:
 
     def _step(self, placement: Placement) -> float:
         """Seconds of one training step: forward, backward, clipping and update, at a rate of 0."""
-        parameter = next(self.model.backbone.parameters())
-        dtype = adapter_dtype(self.model.backbone)
-        adapters = {
-            name: self.model.family.build(self.sites[name], rank, 0).to(device=parameter.device, dtype=dtype)
-            for name, rank in placement.items()
-        }
+        adapters = self.model.fresh(placement, 0)
         with self.model.swapped(adapters):
             trained = [p for p in self.model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=0.0)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from heterolora import __version__
-from heterolora.adapters.base import AdapterFamily
-from heterolora.adapters.lora import LoRA, LowRank
+from heterolora.adapters.base import Adapter, AdapterFamily, plain_factors
+from heterolora.adapters.lora import LoRA
 from heterolora.backbone import fingerprint
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
@@ -101,12 +101,15 @@ def export_peft(
 ) -> Exported:
     """Write the adapters that are on, and the head, for PEFT; then load them with PEFT and compare.
 
+    PEFT gets LoRA: of other families the two factors whose product is the map, which hold more numbers than were
+    trained where a family makes them from fewer.
+
     The folder holds ``adapter_config.json``, ``adapter_model.safetensors``, a model card, ``heterolora.json``
     (allocation, fingerprint of the backbone, what is missing), and where shortcuts have rank, which PEFT cannot hold,
     ``shortcuts.safetensors``. If no LoRA site has rank, there is nothing for PEFT, and the head is there, too.
 
     Args:
-        model: adapters must be LoRA; it is left as it was.
+        model: it is left as it was.
         folder: must not exist, or be empty; the one above it must exist.
         logits: what a model answers to one real batch, on the model's device; called without gradients, in evaluation
             mode.
@@ -114,7 +117,7 @@ def export_peft(
         origin: the run, for the card and ``heterolora.json``.
 
     Raises:
-        SettingError: if the folder cannot be made, or the adapters are not LoRA.
+        SettingError: if the folder cannot be made.
         ExportError: if ranks, factors, head or logits come back different; nothing is left then.
     """
     check_new_folder(folder, "folder")
@@ -168,7 +171,7 @@ def config_to_train(
         SettingError: if no LoRA site has rank, or the adapters are not LoRA.
     """
     if not isinstance(family, LoRA):
-        raise SettingError("adapter", type(family).__name__, "only LoRA can be exported")
+        raise SettingError("adapter", type(family).__name__, "is for PEFT to train, which knows LoRA; use adapter=lora")
     modules = {site.name: module for site in space.sites if (module := module_of(site)) is not None}
     held = {name: rank for name, rank in ranks.items() if rank and name in modules}
     saved = head_modules(backbone, frozenset(head))
@@ -200,24 +203,22 @@ def _transposed(backbone: nn.Module, modules: Iterable[str]) -> bool:
 class _Parts:
     """The adapters that are on, by where they can go."""
 
-    lora: Mapping[str, LowRank]
-    shortcuts: Mapping[str, LowRank]
+    lora: Mapping[str, Adapter]
+    shortcuts: Mapping[str, Adapter]
     modules: Mapping[str, Factors]
     saved: Sequence[str]
 
 
 def _parts(model: AdaptedModel) -> _Parts:
-    on = {name: adapter for name in model.held if (adapter := model.active_adapter(name)) is not None}
+    on: dict[str, Any] = {name: adapter for name in model.held if (adapter := model.active_adapter(name)) is not None}
     lora, shortcuts, modules = {}, {}, {}
     for name, adapter in on.items():
-        if not isinstance(adapter, LowRank):
-            raise SettingError("adapter", type(adapter).__name__, "only LoRA can be exported")
         module = module_of(model.space[name])
         if module is None:
             shortcuts[name] = adapter
         else:
             lora[name] = adapter
-            modules[module] = Factors(adapter.A.detach(), adapter.B.detach(), adapter.scale)
+            modules[module] = Factors(*plain_factors(adapter), adapter.scale)
     return _Parts(lora, shortcuts, modules, head_modules(model.backbone, model.head))
 
 
@@ -264,8 +265,8 @@ def _settings(backbone: nn.Module) -> dict[str, Any]:
 def _exported(
     model: AdaptedModel, parts: _Parts, fold_scale: bool, difference: float | None, largest: float | None
 ) -> Exported:
-    own = sum(p.numel() for adapter in parts.lora.values() for p in adapter.parameters())
-    rest = sum(p.numel() for adapter in parts.shortcuts.values() for p in adapter.parameters())
+    own = sum(factors.A.numel() + factors.B.numel() for factors in parts.modules.values())
+    rest = sum(factor.numel() for adapter in parts.shortcuts.values() for factor in plain_factors(adapter))
     return Exported(
         modules={module: len(factors.A) for module, factors in sorted(parts.modules.items())},
         sites={name: adapter.rank for name, adapter in parts.lora.items()},

@@ -270,7 +270,11 @@ class LitAdapted(L.LightningModule):
         """AdamW over adapters and head; the rate changes every step."""
         adapters = trained_parameters(self.model)
         head = list(self.model.head_parameters.values())
-        groups = [{"params": adapters, "lr": self.settings.lr, "name": "adapters"}]
+        spared = self.model.undecayed
+        decayed, rest = ([p for p in adapters if (p in spared) == kind] for kind in (False, True))
+        groups: list[dict[str, Any]] = [{"params": decayed, "lr": self.settings.lr, "name": "adapters"}]
+        if rest:
+            groups.append({"params": rest, "lr": self.settings.lr, "name": "undecayed", "weight_decay": 0.0})
         if head:
             groups.append({"params": head, "lr": self.settings.head_lr, "name": "head"})
         # One kernel for all parameters, which are many and small; under autocast Lightning clips no gradients for it.

@@ -12,7 +12,6 @@ import yaml
 from torch import nn
 
 from heterolora import __version__
-from heterolora.adapters.lora import LowRank
 from heterolora.backbone import Dtype
 from heterolora.data.module import encode
 from heterolora.errors import SettingError
@@ -129,7 +128,7 @@ def _forget_quantiser(plain: Any) -> None:
         del plain.config.quantization_config
 
 
-def _fold(plain: nn.Module, adapters: Mapping[str, nn.Module]) -> None:
+def _fold(plain: nn.Module, adapters: Mapping[str, Any]) -> None:
     """Give each layer a new weight; the old ones belong to the run."""
     used: dict[int, list[str]] = {}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
@@ -137,15 +136,13 @@ def _fold(plain: nn.Module, adapters: Mapping[str, nn.Module]) -> None:
     for path, adapter in adapters.items():
         module = plain.get_submodule(path)
         weight = getattr(module, "weight", None)
-        if not isinstance(adapter, LowRank):
-            raise SettingError("RUN", type(adapter).__name__, "only LoRA can be folded into weights")
         if not (isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2):
             raise SettingError("RUN", path, f"{type(module).__name__} holds no plain weight to fold into")
         owners = {name.rpartition(".")[0] for name in used[id(weight)]}
         if len({id(plain.get_submodule(owner)) for owner in owners}) > 1:
             raise SettingError("RUN", path, f"its weight is that of {sorted(owners - {path})}, too")
         precise = torch.promote_types(weight.dtype, torch.float32)
-        delta = adapter.scale * (adapter.B.to(precise) @ adapter.A.to(precise))
+        delta = adapter.delta_weight().to(precise)
         folded = weight.to(precise) + (delta.T if hasattr(module, "nx") else delta)
         if not torch.isfinite(folded).all():
             raise SettingError("RUN", path, "its weight is not finite after folding")

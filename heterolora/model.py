@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from heterolora.adapters.base import AdapterFamily, TwoPartAdapter
+from heterolora.adapters.base import AdapterFamily, Surroundings, TwoPartAdapter, tensors_once
 from heterolora.errors import SettingError
 from heterolora.layouts import HookPoint, Junction
 from heterolora.linear import frozen_weight, output_is_free, shared_product
@@ -154,6 +154,12 @@ class AdaptedModel(nn.Module):
         self.adapters = nn.ModuleDict()
         self.space = space
         self.family = family
+        if family.needs_weights and (without := [s.name for s in space.sites if not isinstance(s.sink, Port)]):
+            raise SettingError(
+                "adapter",
+                type(family).__name__,
+                f"is made from frozen weights, and none acts at {without[:3]}; use search_space=lora_all",
+            )
         self.head = frozenset(head)
         self._sites = {site.name: site for site in space.sites}
         self._off: frozenset[str] = frozenset()
@@ -216,22 +222,39 @@ class AdaptedModel(nn.Module):
             ranks: site name -> rank.
             seed: adapters are drawn from ``(seed, site name)``.
         """
+        self.install(self.fresh(ranks, seed))
+
+    def fresh(self, ranks: Mapping[str, int], seed: int) -> dict[str, nn.Module]:
+        """New adapters of the family, where the backbone is and as precise as they are to be on it; none is installed.
+
+        Args:
+            ranks: site name -> rank; those of rank 0 get none. What sites share, these share among themselves.
+            seed: adapters are drawn from ``(seed, site name)``.
+
+        Raises:
+            KeyError: for a site that the space has not.
+            SettingError: if the family needs a frozen weight where there is none.
+        """
+        around = self._around(ranks)
+        return self._placed({s.name: self.family.build(s, r, seed, around) for s, r in around.ranks.items()})
+
+    def probes(self, rank: int, std: float, seed: int) -> dict[str, nn.Module]:
+        """Adapters for scoring at every site; see ``AdapterFamily.probe``."""
+        around = self._around(dict.fromkeys(self._sites, rank))
+        return self._placed({s.name: self.family.probe(s, r, std, seed, around) for s, r in around.ranks.items()})
+
+    def _around(self, ranks: Mapping[str, int]) -> Surroundings:
         if unknown := ranks.keys() - self._sites.keys():
             raise KeyError(f"not in the search space: {sorted(unknown)}")
-        fresh = {
-            name: self.family.build(site, ranks[name], seed)
-            for name, site in self._sites.items()
-            if ranks.get(name, 0) > 0
-        }
-        self.place(fresh.values())
-        self.install(fresh)
+        wanted = {site: ranks[name] for name, site in self._sites.items() if ranks.get(name, 0) > 0}
+        return Surroundings(self.frozen_weight, wanted)
 
-    def place(self, adapters: Iterable[nn.Module]) -> None:
-        """Move adapters of the family to where the backbone is, as precise as they are to be on it."""
+    def _placed(self, adapters: dict[str, nn.Module]) -> dict[str, nn.Module]:
         device, dtype = next(self.backbone.parameters()).device, adapter_dtype(self.backbone)
         if (device, dtype) != (torch.device("cpu"), torch.float32):  # as a family builds them
-            for adapter in adapters:
+            for adapter in adapters.values():
                 adapter.to(device=device, dtype=dtype)
+        return adapters
 
     def install(self, adapters: Mapping[str, nn.Module]) -> None:
         """Let these adapters be all that is held, each at its site, and on."""
@@ -308,7 +331,19 @@ class AdaptedModel(nn.Module):
     @property
     def active_parameters(self) -> int:
         """Adapter parameters of the sites that are switched on."""
-        return sum(p.numel() for name in self.held if name not in self._off for p in self.adapter(name).parameters())
+        on = {p for name in self.held if name not in self._off for p in self.adapter(name).parameters()}
+        return sum(p.numel() for p in on)
+
+    @property
+    def undecayed(self) -> set[nn.Parameter]:
+        """Trained tensors of adapters that weight decay would pull away from 1, or from a length that is not 0."""
+        held: list[Any] = [self.adapter(name) for name in self.held]
+        return {value for a in held for key, value in a.named_parameters() if key in a.undecayed}
+
+    @property
+    def frozen_factors(self) -> int:
+        """Numbers in adapters that are never trained, and in no budget: factors drawn, or taken from weights."""
+        return sum({id(value): value.numel() for value in self.adapters.buffers()}.values())
 
     @property
     def head_parameters(self) -> dict[str, nn.Parameter]:
@@ -320,12 +355,12 @@ class AdaptedModel(nn.Module):
         return {name: p.detach() for name, p in self.head_parameters.items()}
 
     def adapter_state_dict(self) -> dict[str, torch.Tensor]:
-        """``<site>.A`` ``[rank, in]`` and ``<site>.B`` ``[out, rank]`` of every site that holds an adapter."""
-        return {
-            f"{name}.{key}": value.detach()
-            for name in self.held
-            for key, value in self.adapter(name).state_dict().items()
-        }
+        """``<site>.A`` ``[rank, in]`` and ``<site>.B`` ``[out, rank]`` of every site that holds a LoRA.
+
+        Other families have other tensors; what sites share is there once, as ``shared.<name>.<tensor>``.
+        """
+        adapters = {name: self.adapter(name) for name in self.held}
+        return {name: value.detach() for name, value in tensors_once(adapters)}
 
     def load_adapter_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Fill the held adapters.
@@ -334,15 +369,17 @@ class AdaptedModel(nn.Module):
             KeyError: if the names are not exactly those of the held adapters.
             RuntimeError: if a shape differs.
         """
-        expected = self.adapter_state_dict().keys()
-        if state.keys() != expected:
+        held = self.adapter_state_dict()
+        if state.keys() != held.keys():
             raise KeyError(
-                f"adapter tensors differ: missing {sorted(expected - state.keys())}, "
-                f"unexpected {sorted(state.keys() - expected)}"
+                f"adapter tensors differ: missing {sorted(held.keys() - state.keys())}, "
+                f"unexpected {sorted(state.keys() - held.keys())}"
             )
-        for name in self.held:
-            keys = self.adapter(name).state_dict().keys()
-            self.adapter(name).load_state_dict({key: state[f"{name}.{key}"] for key in keys})
+        if wrong := [name for name, value in held.items() if value.shape != state[name].shape]:
+            shapes = [tuple(tensors[wrong[0]].shape) for tensors in (state, held)]
+            raise RuntimeError(f"size mismatch for {wrong[0]}: {shapes[0]} is given, {shapes[1]} is held")
+        for name, value in held.items():
+            value.copy_(state[name])
 
     def frozen_weight(self, name: str) -> torch.Tensor | None:
         """The frozen weight ``[out, in]`` that acts between a site's source and sink; None where nothing does."""

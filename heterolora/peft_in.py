@@ -70,6 +70,10 @@ def start_from(model: AdaptedModel, backbone: Backbone, folder: str | Path, sett
         SettingError: as ``from_peft``, and if the ranks differ.
     """
     place = Path(folder).expanduser()
+    if not isinstance(model.family, LoRA):
+        raise SettingError(
+            setting, place, f"holds LoRA, which {type(model.family).__name__} cannot take; use adapter=lora"
+        )
     adapter, rest = _read(place, backbone, setting)
     maps = _by_site(adapter, rest, model.space, place, setting)
     given = {name: len(factors.A) for name, factors in maps.items()}

@@ -14,7 +14,6 @@ from itertools import cycle
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from heterolora.adapters.base import AdapterFamily, speaks
 from heterolora.allocation import Allocation
@@ -22,7 +21,7 @@ from heterolora.allocators.base import Allocator, Gains, favoured, parameters_on
 from heterolora.allocators.timed import allocate_in_time
 from heterolora.budget import Budget, SiteCount
 from heterolora.errors import SettingError
-from heterolora.model import AdaptedModel
+from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.processes import ALONE, Processes
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights, looks_at_batches, needs_trained
 from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Measure, Statistic, Track, Values, gather
@@ -403,7 +402,7 @@ def score_all(
         if later:
             adapters = _probe_adapters(model, probe, seed)
             if probe.trains_adapters(later.values()):
-                adapters = _adapters(model, lambda site: model.family.build(site, probe.rank, seed))
+                adapters = _fresh_everywhere(model, probe, seed)
                 steps, rates = probe.adapter_warmup_steps, (probe.adapter_warmup_lr, probe.head_warmup_lr)
                 warm_up_adapters(model, loss, coming, adapters, steps, *rates, track)
             bench = made(live=bool(probe.adapter_warmup_steps))
@@ -562,7 +561,7 @@ class _Pass:
         step, kept = mib
         if not needs_head(self.statistics):  # no backward, so that nothing is kept for it
             kept = 0.0
-        return int(max(_SLACK * step - kept, 0.0) * 2**20 / next(iter(self.adapters.values())).A.element_size())
+        return int(max(_SLACK * step - kept, 0.0) * 2**20 / adapter_dtype(model.backbone).itemsize)
 
 
 def needs_head(statistics: Iterable[Statistic]) -> bool:
@@ -577,15 +576,12 @@ def sees_head(proxy: Proxy) -> bool:
 
 def _probe_adapters(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, Any]:
     if probe.init == "lora":
-        return _adapters(model, lambda site: model.family.build(site, probe.rank, seed))
-    return _adapters(model, lambda site: model.family.probe(site, probe.rank, probe.std, seed))
+        return _fresh_everywhere(model, probe, seed)
+    return model.probes(probe.rank, probe.std, seed)
 
 
-def _adapters(model: AdaptedModel, make: Callable[[Site], nn.Module]) -> dict[str, Any]:
-    """At every site, where and as precise as the backbone is."""
-    made = {site.name: make(site) for site in model.space.sites}
-    model.place(made.values())
-    return made
+def _fresh_everywhere(model: AdaptedModel, probe: Probe, seed: int) -> dict[str, Any]:
+    return model.fresh({site.name: probe.rank for site in model.space.sites}, seed)
 
 
 def batch_size(batch: Batch) -> int:

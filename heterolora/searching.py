@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from heterolora.adapters.lora import LoRA
 from heterolora.agreement import Agreement, agree
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator, placed
@@ -342,7 +343,9 @@ def _write(folder: Path, parts: Parts, found: _Found, allocation: Allocation, pr
     if scores is not None and proxy in scores.scores:
         scores = replace(scores, proxy=proxy)
     write_findings(folder, found.space, scores, allocation, parts.adapter, title)
-    if set(allocation.active) - set(_left_out(found.space, parts, allocation)["sites"]):
+    if not isinstance(parts.adapter, LoRA):
+        _log.info("no %s: PEFT trains LoRA, and adapter=%s is none", CONFIG, parts.choices.get("adapter", "?"))
+    elif set(allocation.active) - set(_left_out(found.space, parts, allocation)["sites"]):
         config = config_to_train(found.backbone, found.head, found.space, allocation.ranks, parts.adapter)
         write_json(folder / CONFIG, config)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from heterolora.adapters.base import plain_factors
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
 from heterolora.peft_config import NOTES
@@ -56,7 +57,7 @@ def write_rest(
         fingerprint: of the backbone that the adapters are used with.
         head: store the head here, too.
     """
-    adapters = {name: model.adapter(name) for name in names}
+    adapters: dict[str, Any] = {name: model.adapter(name) for name in names}
     spans = {span for name in names if (span := model.space[name].span) is not None}
     content = {
         "format": FORMAT,
@@ -67,11 +68,8 @@ def write_rest(
         **notes,
     }
     write_json(folder / NOTES, content)
-    tensors = {
-        f"adapter.{name}.{key}": value
-        for name, adapter in adapters.items()
-        for key, value in adapter.state_dict().items()
-    }
+    factors: dict[str, Any] = {name: plain_factors(adapter) for name, adapter in adapters.items()}
+    tensors = {f"adapter.{name}.{key}": value for name in names for key, value in zip("AB", factors[name], strict=True)}
     if head:
         tensors |= {f"head.{name}": value for name, value in model.head_state_dict().items()}
     if tensors:

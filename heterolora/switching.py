@@ -15,13 +15,13 @@ from heterolora.model import AdaptedModel
 
 Off = Literal["keep", "reset", "freeze"]
 
-_UNITS = {"A": 0, "B": 1}
-"""Factor -> the dimension that counts units of rank."""
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 State = dict[str, torch.Tensor]
-"""``A``, ``B`` and, once trained, ``A.exp_avg``, ``A.exp_avg_sq``, ``A.step``, ... of one adapter."""
+"""``A``, ``B`` and, once trained, ``A.exp_avg``, ``A.exp_avg_sq``, ``A.step``, ... of one LoRA; likewise of others."""
+
+Units = Mapping[str, tuple[int, ...]]
+"""Trained tensor -> the dimensions that count units of rank (``Adapter.units``)."""
 
 
 class Switch:
@@ -39,6 +39,7 @@ class Switch:
         self.seed = seed
         self.off = off
         self._kept: dict[str, State] = {}
+        self._units: dict[str, Units] = {}
         self._all: int | None = None  # units of each site that are held, on or off
 
     @property
@@ -51,7 +52,7 @@ class Switch:
     def kept_parameters(self) -> int:
         """Adapter parameters in memory beside those of the model."""
         beside = [name for name in self._kept if self.off != "freeze" or name not in self.model.held]
-        return sum(self._kept[name][key].numel() for name in beside for key in _UNITS)
+        return sum(value.numel() for name in beside for key, value in self._kept[name].items() if "." not in key)
 
     def hold_all(self, rank: int) -> None:
         """Hold units of every site from now on, on or off, as the paper's code does; then say what is on: ``take_on``.
@@ -95,7 +96,7 @@ class Switch:
             if new:
                 known = _state(before[name], optimizer) if old else self._kept.get(name, {})
                 if self.off == "keep" and old and new > old:
-                    known = _longer(known, self._kept[name])
+                    known = _longer(known, self._kept[name], _units(after[name]))
                 states |= _filled(after[name], known)
                 self._let_go(name, new)
         self.model.install(after)
@@ -103,23 +104,28 @@ class Switch:
 
     def _let_go(self, name: str, rank: int) -> None:
         """All units of a site are in the model again."""
-        if name in self._kept and rank >= len(self._kept[name]["A"]):
+        if name in self._kept and rank >= self._rank_kept(name):
             del self._kept[name]
+
+    def _rank_kept(self, name: str) -> int:
+        key, dims = next((key, dims) for key, dims in self._units[name].items() if dims)
+        return self._kept[name][key].shape[dims[0]]
 
     def _spare(self, name: str, rank: int) -> State:
         """Factors of a fresh adapter."""
         site = self.model.site(name)
-        adapter: Any = self._fresh(name, min(rank, site.in_features, site.out_features))
-        return {key: getattr(adapter, key).detach() for key in _UNITS}
+        adapter = self._fresh(name, min(rank, site.in_features, site.out_features))
+        return {key: getattr(adapter, key).detach() for key in _units(adapter)}
 
     def _fresh(self, name: str, rank: int) -> nn.Module:
-        adapter = self.model.family.build(self.model.site(name), rank, self.seed)
-        self.model.place([adapter])
+        adapter = self.model.fresh({name: rank}, self.seed)[name]
+        self._units[name] = _units(adapter)
         return adapter
 
     def _keep(self, name: str, state: State) -> None:
         """What is known of the site now; units beyond its rank stay as they were kept before."""
-        self._kept[name] = _longer(state, self._kept.get(name, {}))
+        self._units.setdefault(name, _units(self.model.adapter(name)))
+        self._kept[name] = _longer(state, self._kept.get(name, {}), self._units[name])
 
     def _hand_over(self, optimizer: torch.optim.Optimizer, states: Mapping[nn.Parameter, State]) -> None:
         """The optimizer's group holds what is trained now, in the model's order, as after a resume."""
@@ -146,6 +152,8 @@ class Switch:
         self._kept = {
             name: {key: value.to(device) for key, value in kept.items()} for name, kept in state["kept"].items()
         }
+        for name in self._kept:
+            self._fresh(name, 1)  # which tells its units
 
 
 def trained_parameters(model: AdaptedModel) -> list[nn.Parameter]:
@@ -156,7 +164,7 @@ def trained_parameters(model: AdaptedModel) -> list[nn.Parameter]:
 def _state(adapter: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Copies of an adapter's factors and of what the optimizer knows of them."""
     found: State = {}
-    for key in _UNITS:
+    for key in _units(adapter):
         parameter = getattr(adapter, key)
         found[key] = parameter.detach().clone()
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -164,35 +172,48 @@ def _state(adapter: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     return found
 
 
-def _longer(first: State, then: State) -> State:
+def _units(adapter: Any) -> Units:
+    found: Units = adapter.units
+    return found
+
+
+def _longer(first: State, then: State, units: Units) -> State:
     """The units of one state, followed by those that another has beyond them."""
     if not then:
         return first
     joined = {}
     for key, value in (then | first).items():
-        dim = _UNITS[key[0]]
-        if key.endswith(".step"):
+        tensor = key.partition(".")[0]
+        if key.endswith(".step") or not units[tensor]:
             joined[key] = value
             continue
-        parts = [state[key] if key in state else torch.zeros_like(state[key[0]]) for state in (first, then)]
-        have = parts[0].shape[dim]
-        joined[key] = torch.cat([parts[0], parts[1].narrow(dim, have, max(0, parts[1].shape[dim] - have))], dim)
+        shape = [max(sizes) for sizes in zip(first[tensor].shape, then[tensor].shape, strict=True)]
+        joined[key] = value.new_zeros(shape)
+        for state in (then, first):
+            part = state.get(key, torch.zeros_like(state[tensor]))
+            _leading(joined[key], units[tensor], part.shape).copy_(part)
     return joined
+
+
+def _leading(value: torch.Tensor, dims: Iterable[int], shape: torch.Size) -> torch.Tensor:
+    """The part of a tensor that belongs to the first units of rank, as many as another of this shape has."""
+    for dim in dims:
+        value = value.narrow(dim, 0, min(value.shape[dim], shape[dim]))
+    return value
 
 
 @torch.no_grad()
 def _filled(adapter: Any, known: State) -> dict[nn.Parameter, State]:
     """Fill an adapter's first units with those that are known; parameter -> what its optimizer shall know, if any."""
     states: dict[nn.Parameter, State] = {}
-    for key, dim in _UNITS.items() if known else ():
+    for key, dims in _units(adapter).items() if known else ():
         parameter = getattr(adapter, key)
-        units = min(parameter.shape[dim], known[key].shape[dim])
-        parameter.narrow(dim, 0, units).copy_(known[key].narrow(dim, 0, units))
+        _leading(parameter, dims, known[key].shape).copy_(_leading(known[key], dims, parameter.shape))
         if f"{key}.step" in known:
             states[parameter] = {"step": known[f"{key}.step"].clone()}
             for name in _MOMENTS:
                 moment = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                moment.narrow(dim, 0, units).copy_(known[f"{key}.{name}"].narrow(dim, 0, units))
+                _leading(moment, dims, known[key].shape).copy_(_leading(known[f"{key}.{name}"], dims, parameter.shape))
                 states[parameter][name] = moment
     return states
 

@@ -229,8 +229,7 @@ class _Run:
     def _check_allocation(self) -> None:
         parts = self.parts
         timed = parts.budget.step_time is not None and parts.data.cache_dir is None
-        scaling = getattr(parts.adapter, "scaling", "constant")
-        parts.allocation.check(parts.allocator, parts.probe, scaling, parts.trainer.compile, timed)
+        parts.allocation.check(parts.allocator, parts.probe, parts.adapter, parts.trainer.compile, timed)
 
     def _check_shards(self, backbone: Backbone) -> None:
         """Refuse what one process does by itself, or in another order than the others, where each holds a share."""
@@ -421,6 +420,7 @@ class _Run:
                 "active": module.model.active_parameters,
                 "budget": allocation["budget"],
                 "unspent": allocation["unspent"],
+                "frozen": module.model.frozen_factors,
                 "head": head,
                 "backbone": module.model.space.survey.parameters,
             },

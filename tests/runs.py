@@ -15,6 +15,7 @@ from heterolora.report.files import write_json
 from heterolora.space import Space
 from tests.architectures import make_backbone
 from tests.conftest import adapt
+from tests.surroundings import ALONE
 
 FAMILY = LoRA("constant", 2.0, 0.0)
 ADAPTER = {"_target_": "heterolora.adapters.lora.LoRA", "scaling": "constant", "scale": 2.0, "dropout": 0.0}
@@ -75,7 +76,7 @@ def write_run(
     factors = {}
     for site in space.sites:
         if ranks[site.name]:
-            adapter = FAMILY.probe(site, ranks[site.name], 0.1, seed)
+            adapter = FAMILY.probe(site, ranks[site.name], 0.1, seed, ALONE)
             factors |= {f"adapter.{site.name}.A": adapter.A.detach(), f"adapter.{site.name}.B": adapter.B.detach()}
     save_file(factors, folder / "adapter.safetensors")
     metrics = {"accuracy": accuracy, "loss": 0.5}

@@ -23,6 +23,7 @@ from heterolora.tasks.measure import FirstMetric
 from heterolora.warmup import warm_up_adapters
 from tests.architectures import ARCHITECTURES, KINDS, make_backbone, make_batch, shown
 from tests.conftest import adapt, randomise
+from tests.surroundings import ALONE
 from tests.test_model import logits
 from tests.test_prefix import SEVERAL
 from tests.test_proxies import loss, probe
@@ -376,7 +377,7 @@ def test_the_warm_up_leaves_no_trace_and_repeats_to_the_bit():
 def warmed(steps, lr=1e-2, head_lr=1e-2, seed=0):
     model = adapt(make_backbone("bert"), ["lora"], spans=(1,))
     batches = [make_batch(model.backbone, rows=8, seed=seed) for seed in (3, 4)]
-    adapters = {s.name: LoRA("constant", 2.0, 0.5).build(s, 2, seed).double() for s in model.space.sites}
+    adapters = {s.name: LoRA("constant", 2.0, 0.5).build(s, 2, seed, ALONE).double() for s in model.space.sites}
     head = {name: p.detach().clone() for name, p in model.head_parameters.items()}
     before = {name: adapter.A.detach().clone() for name, adapter in adapters.items()}
     with model.swapped(adapters):
@@ -456,7 +457,7 @@ def test_live_probes_are_the_trained_adapters_for_all():
     batches = [make_batch(model.backbone, rows=8, seed=seed) for seed in (3, 4, 5)]
     found = both(model, batches, live=True, init="lora", head_warmup_steps=0)
     assert all(value > 0 for value in found.scores["snip"].values())
-    adapters = {s.name: model.family.build(s, 1, 3).double() for s in model.space.sites}
+    adapters = {s.name: model.family.build(s, 1, 3, ALONE).double() for s in model.space.sites}
     warm_up_adapters(model, loss, iter(batches * 2), adapters, 4, 5e-2, 1e-3, untracked)
     with model.swapped(adapters):
         value = sum(loss(model, batch) for batch in batches) / len(batches)

@@ -397,7 +397,9 @@ def test_a_config_file_lists_every_argument_and_the_class_gives_no_default(name,
 @EACH_NODE
 def test_every_class_documents_its_arguments(name, node):
     target = find_target(node["_target_"], name)
-    undocumented = [key for key in node if key != "_target_" and f"{key}:" not in inspect.getdoc(target)]
+    classes = inspect.getmro(target) if inspect.isclass(target) else [target]  # an argument is documented where it is
+    documented = "\n".join(inspect.getdoc(part) or "" for part in classes)
+    undocumented = [key for key in node if key != "_target_" and f"{key}:" not in documented]
     assert not undocumented
 
 

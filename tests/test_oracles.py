@@ -211,7 +211,7 @@ def test_the_search_itself_gives_these_scores_when_it_probes_live_and_sums(case,
     expected, _ = scores(case, "rand", GradNorm())
     model = case.model(False, "rand")
     given = {name: model.adapter(name) for name in model.ranks}
-    monkeypatch.setattr(LoRA, "probe", lambda self, site, rank, std, seed: given[site.name])
+    monkeypatch.setattr(LoRA, "probe", lambda self, site, rank, std, seed, around: given[site.name])
     probe = Probe("random", True, 0.1, 4, 3, "sum", 0, 1e-3, 0, 1e-3)
     found = score(model, loss, case.batches, [], proxy=GradNorm(), probe=probe, seed=0)
     assert found == pytest.approx(expected, rel=1e-12)

@@ -34,6 +34,7 @@ from tests.runs import (
     write_run,
     write_search,
 )
+from tests.surroundings import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_sites_and_facts_are_those_of_the_files(run_page, space):
     assert [site.rank for site in record.sites] == list(ranks.values())
     assert sum(site.parameters for site in record.sites) == record.spent == FAMILY.cost(space.sites)(ranks)
     assert record.spectra.keys() == {name for name, rank in ranks.items() if rank}
-    adapter = FAMILY.probe(space["1.v"], 3, 0.1, 0)
+    adapter = FAMILY.probe(space["1.v"], 3, 0.1, 0, ALONE)
     assert record.spectra["1.v"] == analysis.spectrum(adapter.A, adapter.B, 2.0)
     assert record.curves["validation/accuracy"] == [(9, 0.65), (19, pytest.approx(0.7)), (29, pytest.approx(0.75))]
     assert not [name for name in record.curves if name.startswith("test")]

@@ -26,6 +26,7 @@ from heterolora.proxies.spectral import Spectral, WhitenedSpectral, inverse_root
 from heterolora.scoring import Probe, score, score_all, untracked
 from tests.architectures import KINDS, SINGLE, make_backbone, make_batch, make_config, shown
 from tests.conftest import adapt, some_sites
+from tests.surroundings import ALONE
 
 PROXIES = {path.stem: path for path in sorted(Path("conf/proxy").glob("*.yaml"))}
 
@@ -168,7 +169,7 @@ def test_what_looks_at_inputs_alone_needs_no_backward_and_no_labels(name, archit
 
 
 def test_the_pass_gives_the_gradient_of_the_frozen_weights(adapted, batches):
-    adapters = {site.name: adapted.family.probe(site, 1, 0.02, 0).double() for site in adapted.space.sites}
+    adapters = {site.name: adapted.family.probe(site, 1, 0.02, 0, ALONE).double() for site in adapted.space.sites}
     gathered = gather(bench(adapted, batches), adapters, [MapGradient()])[MapGradient()]
     for name, expected in weight_gradients(adapted, batches).items():
         torch.testing.assert_close(gathered[name][0], expected, rtol=1e-9, atol=1e-13)
@@ -182,7 +183,7 @@ def test_first_order_scores_from_the_weight_gradient(adapted, batches):
         if site.kind != "lora":
             continue
         G = weight_gradients(adapted, batches)[site.name]
-        adapter = adapted.family.probe(site, 3, 0.02, 5).double()
+        adapter = adapted.family.probe(site, 3, 0.02, 5, ALONE).double()
         g_b, g_a = 2.0 * G @ adapter.A.T, 2.0 * adapter.B.T @ G  # the fixture's scale is 2
         norm = (g_a.norm() + g_b.norm()).item()
         snip = ((adapter.A * g_a).abs().sum() + (adapter.B * g_b).abs().sum()).item()
@@ -202,7 +203,7 @@ def test_fisher_is_the_sum_of_each_batchs_squared_gradients(adapted, batches):
     """With live probes, autograd sees the very same gradients; layers that are called twice are summed before."""
     settings = {"probe": probe(live=True, reduction="sum", rank=2, std=0.1), "seed": 5}
     found = score(adapted, loss, batches, [], proxy=make("fisher"), **settings)
-    adapters = {s.name: adapted.family.probe(s, 2, 0.1, 5).double() for s in adapted.space.sites}
+    adapters = {s.name: adapted.family.probe(s, 2, 0.1, 5, ALONE).double() for s in adapted.space.sites}
     with adapted.swapped(adapters):
         gradients = [factor_gradients(adapted, batch) for batch in batches]
         names = [name for name, _ in adapted.adapters.named_parameters()]
@@ -223,7 +224,7 @@ def test_grasp_is_theta_times_hessian_times_gradient(adapted, batches, twice_dif
     """With live probes: autograd's double backward through all factors at once."""
     settings = {"probe": probe(live=True, reduction="mean", rank=2, std=0.1), "seed": 5}
     found = score(adapted, loss, batches, [], proxy=make("grasp"), **settings)
-    adapters = {s.name: adapted.family.probe(s, 2, 0.1, 5).double() for s in adapted.space.sites}
+    adapters = {s.name: adapted.family.probe(s, 2, 0.1, 5, ALONE).double() for s in adapted.space.sites}
     with adapted.swapped(adapters):
         value = sum(loss(adapted, batch) for batch in batches) / len(batches)
         parameters = dict(adapted.adapters.named_parameters())
@@ -251,7 +252,7 @@ def test_grasp_at_the_pretrained_function_by_finite_differences(batches, archite
     model = adapt(make_backbone(architecture), ["lora", "shortcut"], spans=(1, 2))
     settings = {"probe": probe(reduction="sum", std=0.1), "seed": 5}
     found = score(model, loss, batches, [], proxy=make("grasp"), **settings)
-    adapters = {s.name: model.family.probe(s, 1, 0.1, 5).double() for s in model.space.sites}
+    adapters = {s.name: model.family.probe(s, 1, 0.1, 5, ALONE).double() for s in model.space.sites}
     factors = gather(bench(model, batches), adapters, [FactorGradients()])[FactorGradients()]
     eps, moved = (3e-5 if architecture in SINGLE else 1e-6), []
     for sign in (1, -1):
@@ -466,7 +467,7 @@ def test_synflow_is_that_of_the_stack_written_by_hand(architecture):
     """By autograd in |A| and in |B|, which must agree: the flow into a site's rank is the flow out of it."""
     model = adapt(make_backbone(architecture))
     found = score(model, loss, [], [], proxy=make("synflow"), probe=probe(rank=2, std=0.1), seed=5)
-    adapters = {site.name: model.family.probe(site, 2, 0.1, 5).double() for site in model.space.sites}
+    adapters = {site.name: model.family.probe(site, 2, 0.1, 5, ALONE).double() for site in model.space.sites}
     maps = {
         site.name: torch.zeros(site.out_features, site.in_features, dtype=torch.float64, requires_grad=True)
         for site in model.space.sites
@@ -506,7 +507,7 @@ def test_synflow_refuses_a_live_probe(adapted):
 def test_shortcut_scores_are_those_of_a_numerical_derivative(adapted, batches, architecture):
     """d loss / d eps of eps * (u v^T) at a shortcut equals u^T G v."""
     name = some_sites(adapted)[2]
-    adapters = {name: adapted.family.probe(adapted.space[name], 1, 0.02, 0).double()}
+    adapters = {name: adapted.family.probe(adapted.space[name], 1, 0.02, 0, ALONE).double()}
     G = gather(bench(adapted, batches), adapters, [MapGradient()])[MapGradient()][name][0]
     adapted.enable({name: 1}, seed=0)
     adapter = adapted.adapter(name)
@@ -555,7 +556,7 @@ def test_snip_with_b_zero_is_refused_and_says_what_helps(adapted, batches):
 def test_grad_norm_with_b_zero_speaks_through_g_b_alone(adapted, batches):
     found = score(adapted, loss, batches, [], proxy=GradNorm(), probe=probe(init="lora", reduction="sum"), seed=0)
     for name, G in weight_gradients(adapted, batches).items():
-        a = adapted.family.build(adapted.space[name], 1, 0).A.double()
+        a = adapted.family.build(adapted.space[name], 1, 0, ALONE).A.double()
         assert found[name] == pytest.approx((2.0 * G @ a.T).norm().item(), rel=1e-6)  # factors are drawn in float32
 
 

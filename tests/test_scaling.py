@@ -30,6 +30,7 @@ from heterolora.model import AdaptedModel
 from heterolora.seeds import derive
 from heterolora.sites import Site, Tap
 from heterolora.space import SearchSpace, survey
+from tests.surroundings import ALONE
 from tests.test_allocators import Problem, problems
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -239,8 +240,8 @@ def test_each_row_of_an_adapter_is_the_next_draw_of_its_site(width):
     generator = torch.Generator().manual_seed(derive(11, "adapter", "3.q"))
     bound = 1 / math.sqrt(width)
     rows = [torch.empty(width).uniform_(-bound, bound, generator=generator) for _ in range(5)]
-    assert torch.equal(LORA.build(site, 5, 11).A, torch.stack(rows))
-    assert torch.equal(LORA.build(site, 2, 11).A, torch.stack(rows[:2]))
+    assert torch.equal(LORA.build(site, 5, 11, ALONE).A, torch.stack(rows))
+    assert torch.equal(LORA.build(site, 2, 11, ALONE).A, torch.stack(rows[:2]))
 
 
 @pytest.mark.parametrize("collecting", [True, False])

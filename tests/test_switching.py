@@ -19,6 +19,7 @@ from heterolora.allocators.base import favoured
 from heterolora.switching import Switch, changes, trained_parameters
 from tests.architectures import make_backbone, make_batch
 from tests.conftest import adapt
+from tests.surroundings import ALONE
 from tests.test_model import logits
 
 RANK = 3
@@ -82,7 +83,7 @@ class Machine(RuleBasedStateMachine):
         self.steps = {name: set() for name in first}
 
     def fresh(self, name, rank):
-        adapter = self.model.family.build(self.model.site(name), rank, self.seed).double()
+        adapter = self.model.family.build(self.model.site(name), rank, self.seed, ALONE).double()
         return units(adapter, self.optimizer)
 
     @rule(data=st.data())

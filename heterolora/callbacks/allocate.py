@@ -6,6 +6,7 @@ from typing import Protocol, TypeAlias
 
 import lightning as L
 
+from heterolora.adapters.base import AdapterFamily
 from heterolora.allocators.base import Allocator
 from heterolora.history import Decision
 from heterolora.lit import LitAdapted
@@ -38,13 +39,13 @@ Decided: TypeAlias = Callable[[Decision], None]
 class AllocationTime(Protocol):
     """When allocation happens."""
 
-    def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
+    def check(self, allocator: Allocator, probe: Probe, adapter: AdapterFamily, compiled: bool, timed: bool) -> None:
         """Refuse what cannot be right with the other settings.
 
         Args:
             allocator: makes the allocations.
             probe: how sites are looked at.
-            scaling: how adapters are scaled.
+            adapter: makes the adapters.
             compiled: whether the model is compiled.
             timed: whether the budget limits the time of a step, by times that are not kept.
 
@@ -93,7 +94,7 @@ class AllocateRanks(L.Callback):
 class Static:
     """Allocate once, before the first epoch; sites without rank hold no parameters and no optimizer state."""
 
-    def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
+    def check(self, allocator: Allocator, probe: Probe, adapter: AdapterFamily, compiled: bool, timed: bool) -> None:
         """Nothing is in the way."""
 
     def callback(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from heterolora.adapters.base import AdapterFamily
 from heterolora.allocators.base import Allocator
 from heterolora.callbacks.allocate import AllocateRanks, Decided, Found, Moment, Search
 from heterolora.errors import SettingError
@@ -77,7 +78,7 @@ class Dynamic:
         """What ``off`` comes to."""
         return self.off or ("reset" if self.held == "budget" else "keep")
 
-    def check(self, allocator: Allocator, probe: Probe, scaling: str, compiled: bool, timed: bool) -> None:
+    def check(self, allocator: Allocator, probe: Probe, adapter: AdapterFamily, compiled: bool, timed: bool) -> None:
         """As ``AllocationTime`` has it.
 
         Raises:
@@ -92,6 +93,15 @@ class Dynamic:
         one_rank = getattr(allocator, "rank", None) is not None
         if not one_rank and self.dropping == "freeze":
             raise SettingError("allocation.off", "freeze", "freezes whole sites: use an allocator of one rank, top")
+        if adapter.switching == "never" or (adapter.switching == "sites" and not one_rank):
+            raise SettingError(
+                "allocation",
+                "dynamic",
+                f"{type(adapter).__name__} cannot be switched while it is trained: its sites share factors"
+                if adapter.switching == "never"
+                else f"the factors of {type(adapter).__name__} depend on the rank: use an allocator of one rank, top",
+            )
+        scaling = getattr(adapter, "scaling", "constant")
         if not one_rank and scaling != "constant":
             raise SettingError(
                 "adapter.scaling", scaling, "would change what a site gives when its rank changes: constant, or top"

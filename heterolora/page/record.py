@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from heterolora.adapters.base import AdapterFamily
+from heterolora.adapters.lora import LoRA
 from heterolora.allocation import check_ranks, read_ranks
 from heterolora.analysis import Spectrum, spectrum
 from heterolora.build import build
@@ -232,7 +233,7 @@ def _allocated(folder: Path, sites: Sequence[Site], read: _Reader) -> Record:
         read.notes.append(f"{folder / 'allocation.json'}: gives no rank to {missing[:3]}")
     family = read.part(partial(_family, content))
     spectra: dict[str, Spectrum] = {}
-    if family is not None and (path := folder / "adapter.safetensors").exists():
+    if isinstance(family, LoRA) and (path := folder / "adapter.safetensors").exists():
         spectra = read.part(partial(_spectra, path, sites, ranks, family)) or {}
     if sites:
         known = [site for site in sites if site.name in ranks]

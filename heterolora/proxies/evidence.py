@@ -12,9 +12,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 
-from heterolora.adapters.base import Adapter
+from heterolora.adapters.base import Adapter, plain_factors, pulled_back
 from heterolora.errors import SettingError
-from heterolora.model import AdaptedModel
+from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.processes import ALONE, Processes
 from heterolora.sites import Site
 
@@ -64,10 +64,15 @@ class Observation:
 
     @cached_property
     def factor_gradients(self) -> Values:
-        """``scale B^T G`` and ``scale G A^T`` without forming G, computed once for all that ask."""
-        a, b = (factor.detach().to(self.source.dtype) for factor in (self.adapter.A, self.adapter.B))
+        """Of every trained tensor, computed once for all that ask; of LoRA: ``scale B^T G`` and ``scale G A^T``.
+
+        Without forming G: the two factors' gradients are such products, and what is trained follows from these.
+        """
+        factors = plain_factors(self.adapter)
+        down, up = (factor.to(self.source.dtype) for factor in factors)
         scale, gradient = self.adapter.scale, self.flow
-        return scale * (gradient @ b).T @ self.source, scale * gradient.T @ (self.source @ a.T)
+        of_down, of_up = scale * (gradient @ up).T @ self.source, scale * gradient.T @ (self.source @ down.T)
+        return pulled_back(self.adapter, *factors, of_down, of_up)
 
 
 class Statistic(Protocol):
@@ -96,7 +101,7 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class FactorGradients(Statistic):
-    """``g_A`` ``[rank, in]`` and ``g_B`` ``[out, rank]`` of the adapter that stands, or would stand, at the site."""
+    """Of every trained tensor of the adapter that stands, or would stand, at the site: ``g_A``, ``g_B`` of LoRA."""
 
     by_batch = "exact"
 
@@ -107,7 +112,7 @@ class FactorGradients(Statistic):
 
 @dataclass(frozen=True)
 class SquaredFactorGradients(Statistic):
-    """The squares of each batch's ``g_A`` and ``g_B``, entry by entry."""
+    """The squares of each batch's gradients of the trained tensors, entry by entry."""
 
     by_batch = "exact"
 
@@ -350,10 +355,10 @@ def gather(
         s: {} for s in wanted if type(s).settle is not Statistic.settle
     }
     tokens: torch.Tensor | None = None
+    dtype = adapter_dtype(bench.model.backbone)
 
     def observe(site: Site, source: torch.Tensor, gradient: torch.Tensor | None) -> None:
         adapter = adapters[site.name]
-        dtype = adapter.A.dtype
         seen = Observation(
             adapter,
             source.reshape(-1, site.in_features).to(dtype),

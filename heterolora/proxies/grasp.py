@@ -9,23 +9,20 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
-from heterolora.adapters.base import Adapter
+from heterolora.adapters.base import Adapter, plain_factors
+from heterolora.model import adapter_dtype
 from heterolora.proxies.base import NO_GRADIENT
 from heterolora.proxies.evidence import Evidence, FactorGradients, Statistic, Values
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """``+sum theta o (H g)`` over A and B: how the gradient's norm would fall without them; higher means keep.
+    """``+sum theta o (H g)`` over all that is trained, A and B of LoRA; higher means keep.
 
-    (The paper scores ``-theta o H g`` and removes the largest.) The loss depends on A and B through the map
-    ``scale B A`` alone, so with G its gradient and ``D = scale (g_B A + B g_A)`` the step that g makes of the maps,
-
-        ``sum theta o (H g) = ||g_A||^2 + ||g_B||^2 + 2 scale <B A, dG>``, dG the change of G along D at all sites,
-
-    and the last term is a second derivative of the loss by two numbers: t that scales D everywhere, and u that scales
-    ``scale B A`` at the site. It is exact, needs one more forward and one double backward for each batch, and exists
-    at the pretrained function too (``probe.live=false``), where no adapter stands in the forward.
+    How the gradient's norm would fall without them. (The paper scores ``-theta o H g`` and removes the largest.) It is
+    a second derivative of the loss by two numbers: t, along which theta moves by ``t g`` at all sites, and u, along
+    which it moves by ``u theta`` at one. It is exact, needs one more forward and one double backward for each batch,
+    and exists at the pretrained function too (``probe.live=false``): there the map that theta makes is subtracted.
     """
 
     control = False
@@ -38,38 +35,37 @@ class Grasp:
 
     def score(self, evidence: Evidence) -> dict[str, float]:
         """One number for each site; it may be negative."""
-        gradients = evidence.gathered[FactorGradients()]
-        squares = {name: sum(part.square().sum().item() for part in parts) for name, parts in gradients.items()}
-        curvatures = _curvatures(evidence, gradients)
-        return {site.name: squares[site.name] + 2 * curvatures[site.name] for site in evidence.sites}
+        return _curvatures(evidence, evidence.gathered[FactorGradients()])
 
 
 class _Bent(nn.Module):
-    """``x -> inner(x) + t scale (g_B A + B g_A) x + u scale B A x``."""
+    """``x -> inner(x) + (map of theta + t g + u theta)(x) - (map of theta)(x)``."""
 
     def __init__(self, adapter: Adapter, gradients: Values, inner: nn.Module | None, t: torch.Tensor) -> None:
         super().__init__()
         self.inner = inner
-        self.factors = (adapter.A.detach(), adapter.B.detach(), *gradients)
-        self.scale = adapter.scale
+        self.of = [adapter]  # in a list, so that it is no part of this module
+        self.steps = list(zip(adapter.trained.items(), gradients, strict=True))
         self.t = t
         self.u = torch.zeros_like(t, requires_grad=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b, g_a, g_b = self.factors
-        x = x.to(a.dtype)
-        down = linear(x, a)
-        step = linear(down, g_b) + linear(linear(x, g_a), b)
-        delta = self.scale * (self.t * step + self.u * linear(down, b))
+        (adapter,) = self.of
+        bent = {name: (1 + self.u) * value.detach() + self.t * step for (name, value), step in self.steps}
+        delta = adapter.scale * (_through(x, *adapter.factors(bent)) - _through(x, *plain_factors(adapter)))
         return delta if self.inner is None else delta + self.inner(x)
 
 
+def _through(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return linear(linear(x.to(down.dtype), down), up)
+
+
 def _curvatures(evidence: Evidence, gradients: Mapping[str, Values]) -> dict[str, float]:
-    """``scale <B A, dG>`` at each site: d^2 loss / dt du at 0, over the batches as the gradients were taken."""
+    """d^2 loss / dt du at 0 for each site, over the batches as the gradients were taken."""
     bench = evidence.bench
     model = bench.model
-    t = torch.zeros((), dtype=evidence.adapters[evidence.sites[0].name].A.dtype, requires_grad=True)
-    t = t.to(next(model.backbone.parameters()).device).detach().requires_grad_(True)
+    device = next(model.backbone.parameters()).device
+    t = torch.zeros((), dtype=adapter_dtype(model.backbone), device=device, requires_grad=True)
     bent: dict[str, Any] = {}
     for site in evidence.sites:
         adapter: Any = evidence.adapters[site.name]

@@ -7,7 +7,7 @@ from heterolora.proxies.evidence import Evidence, FactorGradients, Statistic
 
 @dataclass(frozen=True)
 class Snip:
-    """``sum |A o g_A| + sum |B o g_B|`` of the summed gradient; 0 everywhere if B = 0, so it needs random factors."""
+    """``sum |theta o g|`` of the summed gradient over all that is trained, A and B of LoRA; 0 everywhere if B = 0."""
 
     control = False
     local = True
@@ -23,6 +23,6 @@ class Snip:
         scores = {}
         for site in evidence.sites:
             adapter = evidence.adapters[site.name]
-            g_a, g_b = evidence.gathered[FactorGradients()][site.name]
-            scores[site.name] = ((adapter.A * g_a).abs().sum() + (adapter.B * g_b).abs().sum()).item()
+            pairs = zip(adapter.trained.values(), evidence.gathered[FactorGradients()][site.name], strict=True)
+            scores[site.name] = sum((value.detach() * gradient).abs().sum().item() for value, gradient in pairs)
         return scores

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from heterolora.adapters.base import plain_factors
 from heterolora.errors import SettingError
 from heterolora.positive import flows
 from heterolora.proxies.evidence import Evidence, Statistic
@@ -38,7 +39,7 @@ class Synflow:
         scores = {}
         for name, pairs in flows(evidence.bench.model, evidence.sites).items():
             adapter = evidence.adapters[name]
-            a, b = adapter.A.detach().double().abs(), adapter.B.detach().double().abs()
+            a, b = (factor.double().abs() for factor in plain_factors(adapter))
             through = sum(((source @ a.T) * (gradient @ b)).sum().item() for source, gradient in pairs)
             scores[name] = 2 * abs(adapter.scale) * through
         return scores
