@@ -16,6 +16,7 @@ from torch import nn
 
 from heterolora import __version__
 from heterolora.adapters.base import Adapter, AdapterFamily, plain_factors
+from heterolora.adapters.dora import Decomposed
 from heterolora.adapters.lora import LoRA
 from heterolora.backbone import fingerprint
 from heterolora.errors import SettingError
@@ -135,6 +136,7 @@ def export_peft(
                 base_model=_base_model(model.backbone),
                 fan_in_fan_out=_transposed(model.backbone, parts.modules),
                 dropout=next(iter(parts.lora.values())).dropout,
+                dora=any(factors.lengths is not None for factors in parts.modules.values()),
             )
             write_json(scratch / CONFIG, dict(sorted(config.items())))
             tensors = peft_tensors(parts.modules, _head(model, parts.saved), fold_scale)
@@ -218,8 +220,14 @@ def _parts(model: AdaptedModel) -> _Parts:
             shortcuts[name] = adapter
         else:
             lora[name] = adapter
-            modules[module] = Factors(*plain_factors(adapter), adapter.scale)
+            modules[module] = _factors(adapter)
     return _Parts(lora, shortcuts, modules, head_modules(model.backbone, model.head))
+
+
+def _factors(adapter: Adapter) -> Factors:
+    if isinstance(adapter, Decomposed):
+        return Factors(adapter.A.detach(), adapter.B.detach(), adapter.scale, adapter.m.detach())
+    return Factors(*plain_factors(adapter), adapter.scale)
 
 
 def head_modules(backbone: nn.Module, head: frozenset[str]) -> list[str]:

@@ -110,6 +110,7 @@ def adapter_config(
     base_model: str | None,
     fan_in_fan_out: bool,
     dropout: float,
+    dora: bool = False,
 ) -> dict[str, Any]:
     """The content of ``adapter_config.json`` for an allocation; shortcuts and sites without rank are not in it.
 
@@ -124,6 +125,7 @@ def adapter_config(
         base_model: hub id or folder of the backbone, if PEFT shall find it by itself.
         fan_in_fan_out: whether the layers hold their weights transposed (``Conv1D``).
         dropout: probability with which an adapter's input feature is dropped in training.
+        dora: the weights beside it hold the lengths of rows, too.
 
     Returns:
         Plain values; patterns and modules are sorted, so that equal allocations give equal files.
@@ -152,7 +154,7 @@ def adapter_config(
         "modules_to_save": sorted(modules_to_save) or None,
         "fan_in_fan_out": fan_in_fan_out,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": dora,
         "bias": "none",
         "init_lora_weights": True,
     }

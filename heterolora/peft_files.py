@@ -22,11 +22,13 @@ class Factors:
         A: ``[rank, in]``.
         B: ``[out, rank]``.
         scale: factor of the product.
+        lengths: ``[out]``, those of the new weight's rows; None: the map is the product (DoRA's is not).
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
+    lengths: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def peft_tensors(
     for module, factors in modules.items():
         tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.A
         tensors[f"{PREFIX}{module}.lora_B.weight"] = factors.B * factors.scale if fold_scale else factors.B
+        if factors.lengths is not None:
+            tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = factors.lengths
     tensors |= {f"{PREFIX}{name}": value for name, value in saved.items()}
     # A copy each: safetensors refuses tensors that share memory.
     return {name: value.detach().cpu().clone().contiguous() for name, value in sorted(tensors.items())}

@@ -24,6 +24,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     parameters = summary["parameters"]
     table.add_row("adapter parameters, held", f"{parameters['held']:,}")
     table.add_row("adapter parameters, active", f"{parameters['active']:,}")
+    if parameters.get("frozen"):
+        table.add_row("frozen factors (apart)", f"{parameters['frozen']:,}")
     budget = "counts sites" if parameters["budget"] is None else f"{parameters['budget']:,}"
     table.add_row("budget", budget)
     if parameters["unspent"] is not None:
