@@ -49,6 +49,39 @@ class Budget(Protocol):
 
 
 @dataclass(frozen=True)
+class Multiple:
+    """Another budget, several times: what a method holds that ends with less than it begins with.
+
+    Attributes:
+        of: the other.
+        factor: how many times.
+    """
+
+    of: Budget
+    factor: float
+
+    @property
+    def step_time(self) -> float | None:
+        """As the other has it."""
+        return self.of.step_time
+
+    def resolve(self, space: "Space") -> int | SiteCount:
+        """Rounded down.
+
+        Raises:
+            SettingError: if the other counts sites.
+        """
+        found = self.of.resolve(space)
+        if isinstance(found, SiteCount):
+            raise SettingError("budget", "fraction", "counts sites; this allocation needs a number of parameters")
+        return int(self.factor * found)
+
+    def reference(self, survey: "Survey") -> dict[str, int]:
+        """As the other has it."""
+        return self.of.reference(survey)
+
+
+@dataclass(frozen=True)
 class UniformRank:
     """What LoRA of one rank on the given roles of every layer costs.
 

@@ -27,7 +27,7 @@ FOLDER = "checkpoints"
 CURVES = ("metrics_earlier.csv", "metrics.csv")
 """Files of a run's curves: what it took over from the run that it goes on with, and its own."""
 
-FORMAT = 2
+FORMAT = 3
 """Of what a checkpoint holds; it changes when that does."""
 
 _KEPT = 2

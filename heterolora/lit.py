@@ -3,7 +3,7 @@
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -112,6 +112,10 @@ class LitAdapted(L.LightningModule):
         self.processes = processes
         self.switch: Switch | None = None
         """Switches sites while training goes on; None where the allocation stands."""
+        self.penalty: Callable[[], torch.Tensor] | None = None
+        """What training adds to the task's loss."""
+        self.most_held = 0
+        """Adapter parameters that were in memory at once before, where training ends with fewer."""
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None
@@ -139,7 +143,7 @@ class LitAdapted(L.LightningModule):
         if share:
             self._epoch_loss = self._epoch_loss.to(loss.device) + loss.detach().double() * rows
         self._epoch_rows += rows if share else 0
-        return loss * share
+        return (loss if self.penalty is None else loss + self.penalty()) * share
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradient of the whole batch, before it is clipped."""
@@ -186,8 +190,9 @@ class LitAdapted(L.LightningModule):
 
     @property
     def held_parameters(self) -> int:
-        """Adapter parameters in memory: those of the model, and those that are kept while their site is off."""
-        return self.model.held_parameters + (0 if self.switch is None else self.switch.kept_parameters)
+        """Adapter parameters in memory, at most: of the model, and those that are kept while their site is off."""
+        now = self.model.held_parameters + (0 if self.switch is None else self.switch.kept_parameters)
+        return max(now, self.most_held)
 
     def add_search(self, seconds: float) -> None:
         """Count them as search, and not as training if that has begun."""
@@ -328,6 +333,7 @@ class LitAdapted(L.LightningModule):
         checkpoint["frozen"] = sorted(self.model.frozen)
         checkpoint["switch"] = None if self.switch is None else self.switch.state_dict()
         checkpoint["identity"] = self.identity
+        checkpoint["most_held"] = self.most_held
         checkpoint["epoch_loss"] = self.processes.gathered({"sum": self._epoch_loss.cpu(), "rows": self._epoch_rows})
         checkpoint["seconds"] = {"search": self.search_seconds, "training": self.training_seconds}
 
@@ -343,6 +349,7 @@ class LitAdapted(L.LightningModule):
         self.model.enable(checkpoint["ranks"], self.seed)
         self.model.freeze(checkpoint["frozen"])
         self._in_curves = checkpoint["in_curves"]
+        self.most_held = checkpoint["most_held"]
         if self.switch is not None:
             self.switch.load_state_dict(checkpoint["switch"])
         if len(checkpoint["epoch_loss"]) != self.processes.size:

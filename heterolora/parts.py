@@ -18,6 +18,7 @@ from heterolora.callbacks.allocate import AllocationTime
 from heterolora.data.module import Data
 from heterolora.errors import SettingError
 from heterolora.export import Export
+from heterolora.inits.base import Initialisation
 from heterolora.lit import Optimizer
 from heterolora.prefix_cache import PrefixSettings
 from heterolora.proxies.base import Proxy
@@ -65,6 +66,7 @@ class Parts:
     allocator: Allocator
     budget: Budget
     allocation: AllocationTime
+    init: Initialisation | None
     optimizer: Optimizer
     prefix: PrefixSettings
     trainer: TrainerSettings
@@ -96,6 +98,7 @@ def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
     callbacks = [build(node, f"callbacks.{name}") for name, node in (config["callbacks"] or {}).items() if node]
     return Parts(
         **objects,
+        init=build(config["init"], "init") if config.get("init") else None,
         callbacks=callbacks,
         seed=seed,
         dry=config["run"] == "dry",

@@ -256,7 +256,8 @@ class SearchSpace:
         spans: lengths of the shortcuts, in sub-layers.
         renorm: apply the block's norm a second time after every add of span 2 or more around an enabled shortcut, as
             the paper does. The adapted model then no longer equals the backbone at step 0.
-        group_by: what makes sites one group for allocators that treat groups apart (role and layer: of one stream).
+        group_by: what makes sites one group for allocators that treat groups apart (role and layer: of one stream;
+            label: role and span).
     """
 
     include: Sequence[str | Mapping[str, Any]]
@@ -264,7 +265,7 @@ class SearchSpace:
     layers: Sequence[int] | None
     spans: Sequence[int]
     renorm: bool
-    group_by: Literal["kind", "role", "layer"]
+    group_by: Literal["kind", "role", "layer", "label"]
 
     def resolve(self, found: Survey) -> Space:
         """The sites of this backbone that take part.
@@ -295,7 +296,7 @@ class SearchSpace:
 
     def _group(self, site: Site) -> str:
         label = str(getattr(site, self.group_by))
-        return f"{site.stream}.{label}" if site.stream and self.group_by != "kind" else label
+        return f"{site.stream}.{label}" if site.stream and self.group_by in ("role", "layer") else label
 
     def _in_layers(self, sites: Sequence[Site], found: Survey) -> list[Site]:
         if self.layers is None:

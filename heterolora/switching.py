@@ -5,7 +5,8 @@ switched on starts with B = 0, or where it was when it was switched off, if that
 keeps its first units of rank. So growing changes no output, and shrinking only what the dropped units gave.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,19 @@ State = dict[str, torch.Tensor]
 
 Units = Mapping[str, tuple[int, ...]]
 """Trained tensor -> the dimensions that count units of rank (``Adapter.units``)."""
+
+
+@dataclass(frozen=True)
+class Heritage:
+    """Where the first units of an adapter come from, with what the optimizer knows of them.
+
+    Attributes:
+        site: held until now.
+        units: which of its units, in the order in which they are taken over.
+    """
+
+    site: str
+    units: Sequence[int]
 
 
 class Switch:
@@ -68,19 +82,30 @@ class Switch:
         for name, rank in ranks.items():
             self._let_go(name, rank)
 
-    def to(self, ranks: Mapping[str, int], optimizer: torch.optim.Optimizer) -> None:
+    def to(
+        self,
+        ranks: Mapping[str, int],
+        optimizer: torch.optim.Optimizer,
+        inherits: Mapping[str, Heritage] | None = None,
+        seed: int | None = None,
+    ) -> None:
         """Give the sites these ranks.
 
         Args:
             ranks: site -> rank; sites that are not named get none.
             optimizer: trains the adapters, in its group of the name ``adapters``.
+            inherits: site -> whose units it begins with, and which; sites that are not named begin with all of their
+                own, in order. With ``off="reset"`` alone.
+            seed: of fresh units; None: the run's.
         """
+        inherits = inherits or {}
+        assert not inherits or self.off == "reset"
         live, before = self.live, {name: self.model.adapter(name) for name in self.model.held}
         after: dict[str, nn.Module] = {}
         states: dict[nn.Parameter, State] = {}
         for name, old in live.items():
             new = ranks.get(name, 0)
-            if new == old:
+            if new == old and name not in inherits:
                 if name in before:
                     after[name] = before[name]
                 continue
@@ -92,8 +117,10 @@ class Switch:
                 after[name] = before.get(name) or self._fresh(name, new)
                 after[name].requires_grad_(bool(new))
             elif new:
-                after[name] = self._fresh(name, new)
-            if new:
+                after[name] = self._fresh(name, new, seed)
+            if new and name in inherits:
+                states |= _filled(after[name], _picked(before, inherits[name], optimizer))
+            elif new:
                 known = _state(before[name], optimizer) if old else self._kept.get(name, {})
                 if self.off == "keep" and old and new > old:
                     known = _longer(known, self._kept[name], _units(after[name]))
@@ -117,8 +144,8 @@ class Switch:
         adapter = self._fresh(name, min(rank, site.in_features, site.out_features))
         return {key: getattr(adapter, key).detach() for key in _units(adapter)}
 
-    def _fresh(self, name: str, rank: int) -> nn.Module:
-        adapter = self.model.fresh({name: rank}, self.seed)[name]
+    def _fresh(self, name: str, rank: int, seed: int | None = None) -> nn.Module:
+        adapter = self.model.fresh({name: rank}, self.seed if seed is None else seed)[name]
         self._units[name] = _units(adapter)
         return adapter
 
@@ -175,6 +202,17 @@ def _state(adapter: nn.Module, optimizer: torch.optim.Optimizer) -> State:
 def _units(adapter: Any) -> Units:
     found: Units = adapter.units
     return found
+
+
+def _picked(adapters: Mapping[str, nn.Module], heritage: Heritage, optimizer: torch.optim.Optimizer) -> State:
+    """What is known of some units of an adapter."""
+    adapter = adapters[heritage.site]
+    units, state = _units(adapter), _state(adapter, optimizer)
+    for key, value in state.items():
+        for dim in () if key.endswith(".step") else units[key.partition(".")[0]]:
+            value = value.index_select(dim, torch.tensor(heritage.units, device=value.device, dtype=torch.long))
+        state[key] = value
+    return state
 
 
 def _longer(first: State, then: State, units: Units) -> State:

@@ -5,7 +5,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from heterolora.allocation import Allocation
 from heterolora.allocators.base import placed
 from heterolora.backbone import Backbone
 from heterolora.calibration import kept_step_times, step_limit
-from heterolora.callbacks.allocate import Moment, Static
+from heterolora.callbacks.allocate import AllocateRanks, Moment, Static
 from heterolora.callbacks.progress import track
 from heterolora.checkpoints import CURVES
 from heterolora.data.module import TextData
@@ -31,6 +32,7 @@ from heterolora.errors import SettingError
 from heterolora.export import hand_over, origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
 from heterolora.history import HISTORY, Decision, append_decision, read_history
+from heterolora.inits.base import check_lora, initialise
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
 from heterolora.parts import Parts, config_hash
@@ -153,8 +155,9 @@ class _Run:
         parts.trainer.compile_model(model)
         allocating = parts.allocation.callback(
             lambda lit, moment: self._search(lit, data, backbone, moment),
-            lambda result: self._begin(result, model, backbone),
+            lambda result: self._begin(result, module, data, backbone),
             self._decided,
+            lambda lit, count: on_device(data.scoring_batches(count)[0], lit.model),
             parts.allocator,
             self.resume is not None,
         )
@@ -170,6 +173,8 @@ class _Run:
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
         if trainer.interrupted:
             raise KeyboardInterrupt
+        if isinstance(allocating, AllocateRanks):
+            allocating.finish(module)
         if self.processes.leads:
             self._settle(module, data, backbone)
         metrics = self._evaluate(trainer, module, data, splits.tests if parts.trainer.test else ())
@@ -229,6 +234,13 @@ class _Run:
     def _check_allocation(self) -> None:
         parts = self.parts
         timed = parts.budget.step_time is not None and parts.data.cache_dir is None
+        if parts.init is not None:
+            check_lora(parts.adapter, parts.init)
+            given = parts.choices.get("init")
+            if not isinstance(parts.allocation, Static):
+                raise SettingError("init", given, "fills the first adapters alone: allocation=static")
+            if parts.start_from is not None:
+                raise SettingError("init", given, "not with start_from, whose adapter it would replace")
         parts.allocation.check(parts.allocator, parts.probe, parts.adapter, parts.trainer.compile, timed)
 
     def _check_shards(self, backbone: Backbone) -> None:
@@ -253,16 +265,15 @@ class _Run:
         batches, rows = data.scoring_batches(parts.probe.batches, moment.draw) if scored else ([], [])
         # A head that is trained needs no warming up.
         probe = parts.probe if moment.standing is None else replace(parts.probe, head_warmup_steps=0)
-        device = next(lit.model.backbone.parameters()).device
         look = partial(
             search,
             lit.model,
             lit.scalar_loss,
-            [{key: value.to(device) for key, value in batch.items()} for batch in batches],
-            ({key: value.to(device) for key, value in batch.items()} for batch in data.warmup_batches()),
+            on_device(batches, lit.model),
+            (on_device([batch], lit.model)[0] for batch in data.warmup_batches()),
             proxy=parts.proxy,
             allocator=parts.allocator,
-            budget=parts.budget,
+            budget=parts.allocation.starting_budget(parts.budget),
             probe=probe,
             seed=parts.seed,
             proxy_name=self._proxy_name,
@@ -290,16 +301,24 @@ class _Run:
         """What ``budget.step_time`` means for this model on this machine."""
 
         def times() -> StepTimes:
-            device = next(lit.model.backbone.parameters()).device
-            batch = {key: value.to(device) for key, value in data.typical_batch().items()}
+            (batch,) = on_device([data.typical_batch()], lit.model)
             cache = None if self.parts.data.cache_dir is None else Path(self.parts.data.cache_dir)
             return self.processes.once(lambda: kept_step_times(lit.model, lit.scalar_loss, batch, cache, track))
 
         limit = step_limit(self.parts.budget, lit.model.space.survey, times)
         return limit and replace(limit, cached=self.parts.prefix.cache)
 
-    def _begin(self, result: SearchResult, model: AdaptedModel, backbone: Backbone) -> None:
-        """The ranks are enabled: fill them if training goes on from an adapter, and write down what was found."""
+    def _begin(self, result: SearchResult, lit: LitAdapted, data: TextData, backbone: Backbone) -> None:
+        """The ranks are enabled: fill them if that is wanted, and write down what was found."""
+        parts, model = self.parts, lit.model
+        if parts.init is not None:
+            start = time.perf_counter()
+            batches = on_device(data.scoring_batches(parts.probe.batches)[0], model)
+            warmup = (on_device([batch], model)[0] for batch in data.warmup_batches())
+            shown = track if self.processes.leads else untracked
+            initialise(model, lit.scalar_loss, batches, warmup, parts.init, parts.probe, shown, self.processes)
+            lit.add_search(time.perf_counter() - start)
+            lit.check_replicas()
         if self.parts.start_from is not None:
             start_from(model, backbone, self.parts.start_from)
         if self.processes.leads:
@@ -312,8 +331,8 @@ class _Run:
         rows = self._write_findings(space, result.scores, self._scored_rows, allocation, backbone)
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
-        time = "" if result.step_time is None else f" ({shown(result.step_time)})"
-        _log.info("allocated %s parameters to %d of %d sites%s", spent, len(allocation.active), len(space.sites), time)
+        limit = "" if result.step_time is None else f" ({shown(result.step_time)})"
+        _log.info("allocated %s parameters to %d of %d sites%s", spent, len(allocation.active), len(space.sites), limit)
 
     def _decided(self, decision: Decision) -> None:
         """Write a decision down at once."""
@@ -327,18 +346,21 @@ class _Run:
             return
         model = module.model
         space, ranks = model.space, model.ranks
-        allocation = json.loads((self.folder / "allocation.json").read_text())
         draw = max(number for number, decision in enumerate(history) if decision.scores or not number)
         scores = history[draw].scores or None
-        rows = data.scoring_batches(self.parts.probe.batches, draw)[1] if scores and self._scored else []
+        own = getattr(self.parts.allocation, "scored_by", None)
+        looked = scores and self._scored and own is None
+        rows = data.scoring_batches(self.parts.probe.batches, draw)[1] if looked else []
         spent = self.parts.adapter.cost(space.sites)(ranks)
         dynamic = {"decisions": len(history), "last": history[-1].step, "scores of decision": draw}
         origin = provenance(
             self.config, backbone.fingerprint, rows or None, proxy=self.config["proxy"], dynamic=dynamic
         )
         # What is frozen stays in the function beyond what the budget pays for; it is counted as held.
-        budget = None if model.frozen else allocation["budget"]
-        self._write_findings(space, scores, rows, Allocation(ranks, spent, budget, origin), backbone.fingerprint)
+        budget = self.parts.budget.resolve(space)
+        allowed = None if model.frozen or not isinstance(budget, int) else budget
+        found = Allocation(ranks, spent, allowed, origin)
+        self._write_findings(space, scores, rows, found, backbone.fingerprint, own)
         draw_history(space, history, self._title(), self.folder / HISTORY_PICTURE)
         self.parts.logger.log_picture("allocation/history", self.folder / HISTORY_PICTURE)
 
@@ -349,9 +371,10 @@ class _Run:
         rows: Sequence[Sequence[int]],
         allocation: Allocation,
         backbone: str,
+        scored_by: str | None = None,
     ) -> list[list[Any]]:
         """The rows of ``sites.csv``, as ``write_findings`` has them."""
-        name = self._proxy_name
+        name = scored_by or self._proxy_name
         scores = None if found is None else Scores(name, {name: found}, rows, backbone, self.config["model"])
         return write_findings(self.folder, space, scores, allocation, self.parts.adapter, self._title())
 
@@ -463,8 +486,7 @@ class _Run:
         """Export the adapters; the run is finished and written down, and stays so whatever comes of it."""
         if not self.parts.export.peft:
             return
-        device = next(module.model.backbone.parameters()).device
-        batch = {key: value.to(device) for key, value in data.a_few().items()}
+        (batch,) = on_device([data.a_few()], module.model)
         allocation = json.loads((self.folder / "allocation.json").read_text())
         written = {**summary, "metrics": without_nan(summary["metrics"])}
         origin = origin_of(self.config, self.parts.task, written, allocation)
@@ -488,6 +510,12 @@ class _Run:
             keys.remove("proxy")
         chosen = ", ".join(str(self.parts.choices.get(key, "?")) for key in keys)
         return f"{self.parts.task.name}: {chosen}, seed {self.parts.seed}"
+
+
+def on_device(batches: Iterable[Mapping[str, torch.Tensor]], model: AdaptedModel) -> list[dict[str, torch.Tensor]]:
+    """Batches where the model is."""
+    device = next(model.backbone.parameters()).device
+    return [{key: value.to(device) for key, value in batch.items()} for batch in batches]
 
 
 def for_the_record(config: Mapping[str, Any], task: Task) -> dict[str, Any]:

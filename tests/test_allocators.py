@@ -79,7 +79,7 @@ SPENDS = {"spends": True}
 ALLOCATORS = {
     "top_combined": Entry(lambda seed, file: Top("combined", 2, "none", seed), draws=True),
     "top_separate": Entry(lambda seed, file: Top("separate", 2, "none", seed), draws=True),
-    "uniform": Entry(lambda seed, file: Uniform()),
+    "uniform": Entry(lambda seed, file: Uniform(None)),
     "greedy": Entry(greedy(None), **FILLS),
     "greedy_min_rank": Entry(greedy(None, 1, "flat"), **FILLS),
     "greedy_capped": Entry(greedy(CAPPED), **FILLS, grows=False, additive=True, limits=CAPPED),
@@ -1147,13 +1147,13 @@ def test_top_refuses_a_rank_that_a_site_cannot_hold():
 def test_uniform_is_the_largest_rank_that_all_can_have(problem):
     ranks = range(1, min(map(len, problem.gains.values())) + 1)
     best = max(rank for rank in ranks if problem.cost(dict.fromkeys(problem.gains, rank)) <= problem.budget)
-    assert problem.solve(Uniform()).ranks == dict.fromkeys(problem.gains, best)
+    assert problem.solve(Uniform(None)).ranks == dict.fromkeys(problem.gains, best)
 
 
 def test_uniform_says_what_rank_1_would_cost():
-    assert equal_problem(budget=8).solve(Uniform()).spent == 8
+    assert equal_problem(budget=8).solve(Uniform(None)).spent == 8
     with pytest.raises(SettingError, match=r"budget=7: rank 1 at all 8 sites costs 8"):
-        equal_problem(budget=7).solve(Uniform())
+        equal_problem(budget=7).solve(Uniform(None))
 
 
 # -- fixed -----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class Exit:
             raise SystemExit(143)  # what Lightning makes of SIGTERM
         from heterolora.allocators.uniform import Uniform
 
-        return Uniform().allocate(gains, cost, budget, groups)
+        return Uniform(None).allocate(gains, cost, budget, groups)
 
 
 @pytest.fixture(scope="module")

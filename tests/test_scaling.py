@@ -80,7 +80,7 @@ def parts(layers: int) -> dict[str, Callable[[], object]]:
         "gains and greedy": lambda: keep("ranks", allocate(Greedy(0, 4, "harmonic", "none", None, False, 0)).ranks),
         "greedy, exact": lambda: allocate(Greedy(0, 4, "harmonic", "none", None, True, 0)),
         "limits of each layer": lambda: allocate(Greedy(0, 4, "harmonic", "none", limits, False, 0)),
-        "uniform": lambda: allocate(Uniform()),
+        "uniform": lambda: allocate(Uniform(None)),
         "top": lambda: (allocate(Top("combined", 4, "none", 0)), allocate(Top("separate", 4, "none", 0))),
         "proportional": lambda: allocate(Proportional(0, 4, "none", None, True, 0)),
         "knapsack": lambda: allocate(Knapsack(0, 4, "harmonic", "none", None, False, 0)),

@@ -99,7 +99,7 @@ def test_the_allocation_keeps_to_the_budget_and_enables_nothing(adapted):
 
 
 def test_allocators_that_look_at_no_scores_cost_no_pass(adapted):
-    result = run(adapted, allocator=Uniform(), budget=UniformRank(4, None, None), batches=[])
+    result = run(adapted, allocator=Uniform(None), budget=UniformRank(4, None, None), batches=[])
     assert result.scores is None
     assert len(set(result.allocation.ranks.values())) == 1
 

@@ -186,7 +186,7 @@ def test_greedy_leaves_the_lower_blocks_although_they_gain_more():
     # Of 8 seconds, 0.75 are 6: blocks 2 and 3, at all the rank that they can hold.
     assert ladder(0.0, 1.0).solve(GREEDY).ranks == {"0.q": 1, "1.q": 1, "2.q": 1, "3.q": 1}
     assert ladder(0.0, 0.75).solve(GREEDY).ranks == {"0.q": 0, "1.q": 0, "2.q": 2, "3.q": 2}
-    assert ladder(0.0, 0.75).solve(Uniform()).ranks == {"0.q": 0, "1.q": 0, "2.q": 2, "3.q": 2}
+    assert ladder(0.0, 0.75).solve(Uniform(None)).ranks == {"0.q": 0, "1.q": 0, "2.q": 2, "3.q": 2}
     assert ladder(0.0, 0.625).solve(GREEDY).ranks == {"0.q": 0, "1.q": 0, "2.q": 0, "3.q": 2}
     with pytest.raises(SettingError, match=r"budget\.step_time=0\.6: the fastest.* 0\.625 of"):
         ladder(0.0, 0.6).solve(GREEDY)
@@ -208,7 +208,7 @@ def test_with_kept_outputs_a_step_is_shorter_by_what_lies_below_its_sources():
 def test_what_is_refused_without_a_limit_is_refused_with_one():
     asked = ladder(0.0, 0.75)
     with pytest.raises(SettingError, match=r"budget=3: rank 1 at all 4 sites costs 4"):
-        replace(asked, problem=replace(asked.problem, budget=3)).solve(Uniform())
+        replace(asked, problem=replace(asked.problem, budget=3)).solve(Uniform(None))
 
 
 def test_a_least_rank_everywhere_leaves_no_site_out():

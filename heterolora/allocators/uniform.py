@@ -1,6 +1,6 @@
 """The same rank everywhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from heterolora.allocation import Allocation
@@ -12,7 +12,13 @@ from heterolora.errors import SettingError
 
 @dataclass(frozen=True)
 class Uniform:
-    """The largest rank that all sites of the space can have within the budget; what is left is reported as unspent."""
+    """The largest rank that all sites can have within the budget; what is left is reported as unspent.
+
+    Args:
+        groups: labels of the groups whose sites get it, of ``search_space.group_by``; null: all.
+    """
+
+    groups: Sequence[str] | None
 
     counts_sites = False
 
@@ -24,7 +30,9 @@ class Uniform:
     def allocate(self, gains: Gains, cost: Cost, budget: int | SiteCount, groups: Mapping[str, str]) -> Allocation:
         """One rank for all."""
         allowed = parameters_only(budget, "uniform")
-        sites = [name for name, values in gains.items() if values]
+        if unknown := sorted(set(self.groups or ()) - set(groups.values())):
+            raise SettingError("allocator.groups", unknown, f"no such groups, there are {sorted(set(groups.values()))}")
+        sites = [name for name, values in gains.items() if values and (not self.groups or groups[name] in self.groups)]
         if (cheapest := cost(dict.fromkeys(sites, 1))) > allowed:
             raise SettingError(
                 "budget", allowed, f"rank 1 at all {len(sites)} sites costs {cheapest}; give more, or a smaller space"

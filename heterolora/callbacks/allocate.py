@@ -1,6 +1,6 @@
 """When allocation happens; the static way: once, before the first epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -8,8 +8,10 @@ import lightning as L
 
 from heterolora.adapters.base import AdapterFamily
 from heterolora.allocators.base import Allocator
+from heterolora.budget import Budget
 from heterolora.history import Decision
 from heterolora.lit import LitAdapted
+from heterolora.proxies.evidence import Batch
 from heterolora.scoring import Probe, SearchResult, Standing
 
 
@@ -36,8 +38,23 @@ Decided: TypeAlias = Callable[[Decision], None]
 """Told about each decision when it is in force."""
 
 
+Look: TypeAlias = Callable[[LitAdapted, int], Sequence[Batch]]
+"""So many batches of the training split, the same at each call, on the model's device; never validation data."""
+
+
+def same_budget(_: object, budget: Budget) -> Budget:
+    """``AllocationTime.starting_budget`` of those that never hold more than at first."""
+    return budget
+
+
 class AllocationTime(Protocol):
-    """When allocation happens."""
+    """When allocation happens.
+
+    What decides by scores of its own says how they are called, in ``scored_by``.
+    """
+
+    def starting_budget(self, budget: Budget) -> Budget:
+        """What the first allocation may spend, where the run's budget is ``budget``."""
 
     def check(self, allocator: Allocator, probe: Probe, adapter: AdapterFamily, compiled: bool, timed: bool) -> None:
         """Refuse what cannot be right with the other settings.
@@ -54,7 +71,13 @@ class AllocationTime(Protocol):
         """
 
     def callback(
-        self, run_search: Search, on_found: Found, on_decision: Decided, allocator: Allocator, resumed: bool
+        self,
+        run_search: Search,
+        on_found: Found,
+        on_decision: Decided,
+        look: Look,
+        allocator: Allocator,
+        resumed: bool,
     ) -> L.Callback | None:
         """The Lightning callback that does it; None: a resumed run has its ranks from the checkpoint, and keeps them.
 
@@ -62,6 +85,7 @@ class AllocationTime(Protocol):
             run_search: finds an allocation.
             on_found: told about the first.
             on_decision: told about all that come in the middle of training, and then of the first, too.
+            look: gives batches to look at.
             allocator: makes them.
             resumed: the run goes on from a checkpoint.
         """
@@ -89,16 +113,27 @@ class AllocateRanks(L.Callback):
         self.on_found(result)
         return result
 
+    def finish(self, lit: LitAdapted) -> None:
+        """Training is over."""
+
 
 @dataclass(frozen=True)
 class Static:
     """Allocate once, before the first epoch; sites without rank hold no parameters and no optimizer state."""
 
+    starting_budget = same_budget
+
     def check(self, allocator: Allocator, probe: Probe, adapter: AdapterFamily, compiled: bool, timed: bool) -> None:
         """Nothing is in the way."""
 
     def callback(
-        self, run_search: Search, on_found: Found, on_decision: Decided, allocator: Allocator, resumed: bool
+        self,
+        run_search: Search,
+        on_found: Found,
+        on_decision: Decided,
+        look: Look,
+        allocator: Allocator,
+        resumed: bool,
     ) -> L.Callback | None:
         """The Lightning callback that does it."""
         return None if resumed else AllocateRanks(run_search, on_found)

@@ -4,21 +4,21 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
 
 from heterolora.adapters.base import AdapterFamily
+from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator
-from heterolora.callbacks.allocate import AllocateRanks, Decided, Found, Moment, Search
+from heterolora.callbacks.allocate import Decided, Found, Look, Moment, Search, same_budget
+from heterolora.callbacks.events import Events
 from heterolora.errors import SettingError
-from heterolora.history import Decision
-from heterolora.lit import LitAdapted, share_of
-from heterolora.prefix import evaluating
+from heterolora.lit import LitAdapted
 from heterolora.proxies.base import DegenerateScores
 from heterolora.scoring import Probe, Standing
-from heterolora.switching import Off, Switch, changes
+from heterolora.switching import Off
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,8 @@ class Dynamic:
                 "off", self.off, "holds more than the budget pays for: held=all, or off=reset, or null for what fits"
             )
 
+    starting_budget = same_budget
+
     @property
     def dropping(self) -> Off:
         """What ``off`` comes to."""
@@ -118,6 +120,7 @@ class Dynamic:
         run_search: Search,
         on_found: Found,
         on_decision: Decided,
+        look: Look,
         allocator: Allocator,
         resumed: bool,
     ) -> L.Callback:
@@ -127,7 +130,7 @@ class Dynamic:
         return Reallocate(self, run_search, on_found, on_decision, rule.max_rank, resumed)
 
 
-class Reallocate(AllocateRanks):
+class Reallocate(Events):
     """Searches in ``setup("fit")`` as a static allocation does, then before the batches at which a decision is due.
 
     Args:
@@ -148,106 +151,28 @@ class Reallocate(AllocateRanks):
         most: int,
         resumed: bool,
     ) -> None:
-        super().__init__(run_search, on_found)
+        times = {"every": settings.every, "start": settings.start, "stop": settings.stop}
+        super().__init__(run_search, on_found, on_decision, resumed, off=settings.dropping, **times)
         self.settings = settings
-        self.on_decision = on_decision
         self.most = most
-        self.resumed = resumed
-        self.searches = 0
-        self.decided = -1  # the step of the last decision
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Search, enable, report; a resumed run has all that from its checkpoint."""
-        if stage != "fit":
-            return
-        assert isinstance(pl_module, LitAdapted)
-        pl_module.switch = Switch(pl_module.model, pl_module.seed, self.settings.dropping)
-        if self.resumed:
-            return
-        result = self.allocate(trainer, pl_module)
-        ranks = result.allocation.ranks
+    def begin(self, lit: LitAdapted, allocation: Allocation) -> None:
+        """Hold every site from now on, if that is wanted."""
+        assert lit.switch is not None
         if self.settings.held == "all":
-            pl_module.switch.hold_all(self.most)
-            pl_module.switch.take_on(ranks)
-        self.searches, self.decided = 1, 0
-        self.on_decision(Decision(0, result.scores or {}, ranks, "before training"))
+            lit.switch.hold_all(self.most)
+            lit.switch.take_on(allocation.ranks)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """How long training is, and an epoch of it.
-
-        Raises:
-            SettingError: if no decision would ever be due.
-        """
-        steps = math.ceil(int(trainer.num_training_batches) / trainer.accumulate_grad_batches)
-        total = int(trainer.estimated_stepping_batches)
-        chosen = self.settings
-        self.period = chosen.every if isinstance(chosen.every, int) else math.ceil(chosen.every * steps)
-        self.first = _step(chosen.start, total)
-        self.last = _step(chosen.stop, total)
-        if not any(self._is_due(step, step % steps) for step in range(1, total)):
-            raise SettingError(
-                "allocation",
-                f"every={chosen.every}, start={chosen.start}, stop={chosen.stop}",
-                f"no decision would come in {total} steps, {steps} an epoch",
-            )
-
-    def _is_due(self, step: int, in_epoch: int) -> bool:
-        """Whether a decision comes before this step (from 0)."""
-        counted = step if isinstance(self.settings.every, int) else in_epoch
-        return counted % self.period == 0 and self.first <= step < self.last
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Decide, if it is time; never between batches whose gradients make one step."""
-        step = trainer.global_step
-        if batch_idx % trainer.accumulate_grad_batches or step == self.decided:
-            return
-        if not self._is_due(step, batch_idx // trainer.accumulate_grad_batches):
-            return
-        assert isinstance(pl_module, LitAdapted)
-        self._decide(trainer, pl_module, batch, step)
-
-    def _decide(self, trainer: L.Trainer, lit: LitAdapted, batch: Mapping[str, torch.Tensor], step: int) -> None:
-        switch = lit.switch
-        assert switch is not None
-        before, why = switch.live, f"step {step}"
+    def happen(self, trainer: L.Trainer, lit: LitAdapted, batch: Mapping[str, torch.Tensor], step: int) -> None:
+        """Score all sites and allocate anew."""
+        assert lit.switch is not None
+        before = lit.switch.live
         standing = Standing(before, self.settings.margin, self.settings.factors == "own")
-        scores: Mapping[str, Any] = {}
-        after: Mapping[str, int] = before
         try:
             result = self.run_search(lit, Moment(self.searches, standing))
-            scores, after = result.scores or {}, result.allocation.ranks
         except DegenerateScores as error:  # what is trained is not given up for scores that say nothing
             why = f"step {step}: nothing changed, {error}"
             _log.warning("%s", why)
-        self.searches, self.decided = self.searches + 1, step
-        gained, lost = changes(before, after)
-        if gained or lost:
-            loss = _loss(lit, batch)
-            switch.to(after, trainer.optimizers[0])
-            jump = _loss(lit, batch) - loss
-            lit.note({"switch/on": len(gained), "switch/off": len(lost), "switch/jump": jump}, step)
-            _log.info("step %d: %d sites gain, %d lose; the loss jumps by %+.2e", step, len(gained), len(lost), jump)
-            why = f"step {step}: {len(gained)} gain, {len(lost)} lose, jump {jump:+.2e}"
-        lit.check_replicas()
-        self.on_decision(Decision(step, scores, after, why))
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many searches there were, and when the last was."""
-        return {"searches": self.searches, "decided": self.decided}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
-        self.searches, self.decided = state_dict["searches"], state_dict["decided"]
-
-
-def _step(moment: int | float, total: int) -> int:
-    return moment if isinstance(moment, int) else round(moment * total)
-
-
-@torch.no_grad()
-def _loss(lit: LitAdapted, batch: Mapping[str, torch.Tensor]) -> float:
-    """Of one batch of all processes, without dropout."""
-    with evaluating(lit.model):
-        return lit.processes.summed(lit.scalar_loss(lit.model, batch) * share_of(batch)).item()
+            self.change(trainer, lit, batch, step, before, {}, why=why)
+            return
+        self.change(trainer, lit, batch, step, result.allocation.ranks, result.scores or {})

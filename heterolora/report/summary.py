@@ -22,7 +22,9 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             table.add_row(f"{split} COLLAPSED", "every example gets (nearly) the same prediction", style="red")
     table.add_section()
     parameters = summary["parameters"]
-    table.add_row("adapter parameters, held", f"{parameters['held']:,}")
+    more = parameters["budget"] is not None and parameters["held"] > parameters["budget"]
+    held = f"{parameters['held']:,}" + (", MORE THAN THE BUDGET" if more else "")
+    table.add_row("adapter parameters, held", held, style="red" if more else None)
     table.add_row("adapter parameters, active", f"{parameters['active']:,}")
     if parameters.get("frozen"):
         table.add_row("frozen factors (apart)", f"{parameters['frozen']:,}")

@@ -1,0 +1,1 @@
+"""Initialisations from data: what fresh adapters begin with, after the allocation and before training."""
