@@ -115,7 +115,7 @@ class LitAdapted(L.LightningModule):
         self.penalty: Callable[[], torch.Tensor] | None = None
         """What training adds to the task's loss."""
         self.most_held = 0
-        """Adapter parameters that were in memory at once before, where training ends with fewer."""
+        """Adapter parameters that were in memory at once before the last change of an allocation."""
         self.search_seconds: float | None = None
         self._seconds_before = 0.0
         self._training_since: float | None = None

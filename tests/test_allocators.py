@@ -24,6 +24,8 @@ from heterolora.allocators.greedy import Greedy
 from heterolora.allocators.knapsack import Knapsack
 from heterolora.allocators.limits import LimitRule
 from heterolora.allocators.proportional import Proportional
+from heterolora.allocators.redistribute import Redistribute
+from heterolora.allocators.shares import Shares
 from heterolora.allocators.top import Top
 from heterolora.allocators.uniform import Uniform
 from heterolora.budget import SiteCount
@@ -99,6 +101,8 @@ ALLOCATORS = {
     "knapsack_exact": Entry(knapsack(None, exact=True), **PRICED, **SPENDS),
     "knapsack_capped_exact": Entry(knapsack(CAPPED, exact=True), **PRICED, **SPENDS, limits=CAPPED),
     "knapsack_reserved_exact": Entry(knapsack(RESERVED, exact=True), **PRICED, **SPENDS, limits=RESERVED),
+    "redistribute": Entry(lambda seed, file: Redistribute(2.0, seed), draws=True, grows=False, additive=True),
+    "shares": Entry(lambda seed, file: Shares("root", "nearest", 0.5, 4.0), grows=False, additive=True, positive=True),
     "fixed": Entry(lambda seed, file: Fixed(str(file), None)),
 }
 
@@ -235,7 +239,8 @@ def active(allocation: Allocation) -> set[str]:
 
 def test_every_allocator_with_a_config_file_is_in_the_table(file):
     files = list((ROOT / "conf" / "allocator").glob("*.yaml"))
-    configured = {yaml.safe_load(path.read_text())["_target_"].rpartition(".")[2] for path in files}
+    nodes = [yaml.safe_load(path.read_text()) for path in files]
+    configured = {node["_target_"].rpartition(".")[2] for node in nodes if "_target_" in node}  # presets have none
     assert configured == {type(entry.make(0, file)).__name__ for entry in ALLOCATORS.values()}
 
 

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from heterolora.build import build, find_target
 from heterolora.errors import SettingError
 from tests.conftest import ROOT
+from tests.jobs import compose_job
 
 HERE = "tests.test_build"
 
@@ -362,6 +363,7 @@ def test_an_error_survives_the_way_between_processes():
 # -- config files and classes ------------------------------------------------------------------------------------------
 
 GROUPS = {"proxy", "allocator", "budget", "search_space", "adapter", "task", "model", "logger", "trainer", "allocation"}
+GROUPS |= {"init"}
 
 
 def targets(node: Any, name: str):
@@ -379,10 +381,24 @@ NODES = [node for file, config in FILES.items() for node in targets(OmegaConf.to
 EACH_NODE = pytest.mark.parametrize(("name", "node"), NODES, ids=[name for name, _ in NODES])
 
 
+PRESETS = ("adalora", "alora", "eva", "gora", "lor2c", "para", "plop")
+"""Options that choose several others, and name no class themselves."""
+
+
+def test_a_preset_chooses_its_options_and_an_override_wins():
+    for name in PRESETS:
+        choices = compose_job(f"allocator={name}").hydra.runtime.choices
+        chosen = {key: choices[key] for key in ("adapter", "proxy", "init", "allocation", "search_space")}
+        default = {key: compose_job().hydra.runtime.choices[key] for key in chosen}
+        assert chosen != default, name
+    kept = compose_job("allocator=eva", "proxy=random", "init=null").hydra.runtime.choices
+    assert (kept.proxy, kept.init) == ("random", None)
+
+
 def test_every_option_of_a_group_names_a_class():
     named = {name for name, _ in NODES}
     options = {file for file in FILES if file.partition("/")[0] in GROUPS}
-    assert options <= named
+    assert options - {f"allocator/{name}" for name in PRESETS} <= named
     assert {option.partition("/")[0] for option in options} == GROUPS
     assert {"train.data", "train.probe", "train.optimizer", "task/mrpc.source"} <= named
 

@@ -196,21 +196,14 @@ def test_resuming_a_run_with_another_config_is_refused(tmp_path):
         run_job(tmp_path / "c", f"resume={tmp_path}/nowhere")
 
 
-OPTIONS = [
-    f"{path.parent.name}={path.stem}"
-    for path in sorted(CONF.glob("*/*.yaml"))
-    if path.parent.name in ("search_space", "proxy", "allocator", "budget", "adapter")
-]
+GROUPS = ("search_space", "proxy", "allocator", "budget", "adapter", "allocation", "init")
+LOR2C = ["search_space=lor2c", "search_space.spans=[2,4]", "allocation=lor2c", "allocation.until=0.5"]
+LOR2C += ["trainer.max_steps=8"]
+OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml")) if path.parent.name in GROUPS]
 
 
 def test_options_of_every_group_were_found():
-    assert {option.partition("=")[0] for option in OPTIONS} == {
-        "search_space",
-        "proxy",
-        "allocator",
-        "budget",
-        "adapter",
-    }
+    assert {option.partition("=")[0] for option in OPTIONS} == set(GROUPS)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -222,6 +215,15 @@ def test_every_option_trains(tmp_path, option):
         "budget=params": ["budget.value=2000"],
         "budget=qv_r2": ["allocator=top", "allocator.rank=2"],
         **{f"proxy={name}": ["search_space=lora_all"] for name in ("gora", "magnitude", "plop")},  # of frozen weights
+        **{f"allocator={name}": ["search_space=lora_all"] for name in ("gora", "plop")},
+        **{f"adapter={name}": ["search_space=lora_all"] for name in ("dora", "lora_xs")},
+        **{f"allocation={name}": ["trainer.max_steps=8"] for name in ("alora", "dynamic", "para")},
+        "allocation=adalora": ["adapter=svd", "trainer.max_steps=8"],
+        **{f"{group}=lor2c": LOR2C for group in ("allocation", "allocator", "search_space")},
+        **{
+            f"allocator={name}": ["search_space=lora_all", "trainer.max_steps=8"]
+            for name in ("adalora", "alora", "para")
+        },
         "proxy=alpha_test": [
             "probe.adapter_warmup_steps=8",
             "probe.adapter_warmup_lr=0.02",
@@ -230,8 +232,8 @@ def test_every_option_trains(tmp_path, option):
         ],
     }
     (tmp_path / "ranks.json").write_text(json.dumps({"0.q": 2, "1.shortcut_ffn": 3}))
-    summary = run_job(tmp_path / "a", option, *extra.get(option, []), "trainer.max_steps=2", "logger=none")
-    assert summary["steps"] == 2
+    summary = run_job(tmp_path / "a", "trainer.max_steps=2", option, *extra.get(option, []), "logger=none")
+    assert summary["steps"] in (2, 8)
     assert summary["parameters"]["held"] > 0
     assert not (tmp_path / "a" / "metrics.csv").exists()
 

@@ -183,7 +183,11 @@ class MaskTriplets(AllocateRanks):
             return
         self._seen = step
         assert isinstance(pl_module, LitAdapted)
-        triplets = self._triplets(pl_module)
+        self.after_step(pl_module, step)
+
+    def after_step(self, lit: LitAdapted, step: int) -> None:
+        """Update importances, and mask if it is time; ``step`` counts from 1."""
+        triplets = self._triplets(lit)
         if step < self.last:
             self._update(triplets)
         if step > self.last:
@@ -193,7 +197,7 @@ class MaskTriplets(AllocateRanks):
             live = self.settings.units(step, self.begin, self.end, self.first, self.last)
             self.masked = masks(scores, self.begin - live)
             self._mask(triplets)
-            self._tell(pl_module, step, scores)
+            self._tell(lit, step, scores)
 
     def finish(self, lit: LitAdapted) -> None:
         """Cut off what is masked: the function stays, and what is held is what is live."""

@@ -154,6 +154,7 @@ class Events(AllocateRanks):
         gained, lost = changes(lit.switch.live, ranks)
         if gained or lost or inherits:
             loss = _loss(lit, batch)
+            lit.most_held = lit.held_parameters
             lit.switch.to(ranks, trainer.optimizers[0], inherits, seed)
             jump = _loss(lit, batch) - loss
             lit.note({"switch/on": len(gained), "switch/off": len(lost), "switch/jump": jump}, step)

@@ -145,7 +145,6 @@ class MergeAndInject(Events):
             return
         first, second, whole = min(pairs, key=lambda pair: scores[pair[0]] + scores[pair[1]])
         kept = max((first, second), key=lambda name: scores[name])
-        lit.most_held = max(lit.most_held, lit.held_parameters)
         after = {**ranks, first: 0, second: 0, whole: ranks[kept]}
         heritage = {whole: Heritage(kept, range(ranks[kept]))}
         why = f"step {step}: {first} and {second} become {whole}, with what {kept} had learned"
@@ -165,7 +164,6 @@ class MergeAndInject(Events):
         cost = lit.model.family.cost(space.sites)
         if cost(after) > cost(ranks):
             raise SettingError("allocation.share", self.settings.share, f"LoRA in place of {name} costs more than it")
-        lit.most_held = max(lit.most_held, lit.held_parameters)
         why = f"step {step}: {name} gives way to {', '.join(places[name])}"
         self.change(trainer, lit, batch, step, after, self._shown(lit, scores), why=why)
 

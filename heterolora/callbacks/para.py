@@ -95,7 +95,6 @@ class CutRanks(Events):
     def happen(self, trainer: L.Trainer, lit: LitAdapted, batch: Mapping[str, torch.Tensor], step: int) -> None:
         """Decompose all deltas, and cut."""
         model, optimizer = lit.model, trainer.optimizers[0]
-        lit.most_held = max(lit.most_held, lit.held_parameters)
         adapters: dict[str, Any] = {name: model.adapter(name) for name in model.held}
         values = {name: decompose(adapter) for name, adapter in adapters.items()}
         for adapter in adapters.values():

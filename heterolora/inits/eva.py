@@ -33,6 +33,7 @@ class EvaInit:
         """The inputs' moments."""
         return (InputMoments(),)
 
+    @torch.no_grad()
     def fill(self, site: Site, adapter: LowRank, values: Sequence[Values]) -> None:
         """A, from an eigendecomposition; B stays 0.
 

@@ -38,6 +38,7 @@ class GoraInit:
         """G at each site."""
         return (MapGradient(),)
 
+    @torch.no_grad()
     def fill(self, site: Site, adapter: LowRank, values: Sequence[Values]) -> None:
         """B, by least squares."""
         ((gradient,),) = values
