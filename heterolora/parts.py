@@ -126,7 +126,7 @@ def _on(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return {
         key: _on(value, f"{prefix}{key}.") if isinstance(value, Mapping) else value
         for key, value in node.items()
-        if value is not None or f"{prefix}{key}" not in OFF
+        if value or f"{prefix}{key}" not in OFF
     }
 
 

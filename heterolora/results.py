@@ -293,8 +293,8 @@ _NO_METHOD = frozenset(
 )
 """Values that tell no method from another; seeds are repetitions."""
 
-OFF = ("start_from", "budget.step_time")
-"""Dotted keys that are null where they change nothing: then they are as if they were not there."""
+OFF = ("start_from", "budget.step_time", "init")
+"""Dotted keys that are null or empty where they change nothing: then they are as if they were not there."""
 
 _APART = ("task", "model", "logger", "callbacks", "experiment")
 """Choices that name no method: the first two are the section, of the others the values count."""
@@ -353,7 +353,7 @@ def _flat(
     flat: dict[str, Any] = {}
     for key, value in node.items():
         name = f"{prefix}{key}"
-        if name in _NO_METHOD or (name in OFF and value is None):
+        if name in _NO_METHOD or (name in OFF and not value):
             continue
         if key == "seed" and value == seed and name not in given:
             continue

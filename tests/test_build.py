@@ -382,7 +382,7 @@ EACH_NODE = pytest.mark.parametrize(("name", "node"), NODES, ids=[name for name,
 
 
 PRESETS = ("adalora", "alora", "eva", "gora", "lor2c", "para", "plop")
-"""Options that choose several others, and name no class themselves."""
+"""Allocators that choose options of other groups, and name no class themselves."""
 
 
 def test_a_preset_chooses_its_options_and_an_override_wins():
@@ -391,14 +391,14 @@ def test_a_preset_chooses_its_options_and_an_override_wins():
         chosen = {key: choices[key] for key in ("adapter", "proxy", "init", "allocation", "search_space")}
         default = {key: compose_job().hydra.runtime.choices[key] for key in chosen}
         assert chosen != default, name
-    kept = compose_job("allocator=eva", "proxy=random", "init=null").hydra.runtime.choices
-    assert (kept.proxy, kept.init) == ("random", None)
+    kept = compose_job("allocator=eva", "proxy=random", "init=none").hydra.runtime.choices
+    assert (kept.proxy, kept.init) == ("random", "none")
 
 
 def test_every_option_of_a_group_names_a_class():
     named = {name for name, _ in NODES}
     options = {file for file in FILES if file.partition("/")[0] in GROUPS}
-    assert options - {f"allocator/{name}" for name in PRESETS} <= named
+    assert options - {"init/none", *(f"allocator/{name}" for name in PRESETS)} <= named
     assert {option.partition("/")[0] for option in options} == GROUPS
     assert {"train.data", "train.probe", "train.optimizer", "task/mrpc.source"} <= named
 
