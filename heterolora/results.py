@@ -293,7 +293,7 @@ _NO_METHOD = frozenset(
 )
 """Values that tell no method from another; seeds are repetitions."""
 
-OFF = ("start_from", "budget.step_time")
+OFF = ("start_from", "budget.step_time", "baseline")
 """Dotted keys that are null where they change nothing: then they are as if they were not there."""
 
 _APART = ("task", "model", "logger", "callbacks", "experiment")

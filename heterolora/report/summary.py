@@ -28,6 +28,10 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("budget", budget)
     if parameters["unspent"] is not None:
         table.add_row("unspent", f"{parameters['unspent']:,}")
+    if (baseline := summary.get("baseline")) is not None:
+        table.add_row("baseline", f"{baseline['method']} of PEFT {baseline['peft']}")
+        if baseline["beyond_budget"]:
+            table.add_row("HELD BEYOND THE BUDGET", f"{baseline['beyond_budget']:,}", style="red")
     table.add_row("head parameters (apart)", f"{parameters['head']:,}")
     table.add_row("sites with rank", f"{summary['sites']['active']} of {summary['sites']['candidates']}")
     table.add_section()
