@@ -157,8 +157,12 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         # its own use of transformers
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated", category=FutureWarning)
+        # a hint about memory, at the size of adapters
+        warnings.filterwarnings("ignore", message="lora with eva initialization used with", category=UserWarning)
         # of modules of which AdaLoRA left nothing
         warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape", category=UserWarning)
+        # of AdaLoRA's own masks, which its loader takes for LoRA's ranks first, and reads rightly after that
+        warnings.filterwarnings("ignore", message="The following rank_pattern keys did", category=RuntimeWarning)
         yield
 
 
