@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import peft
 import pytest
@@ -43,9 +44,9 @@ def space_of(backbone):
     return SearchSpace(["lora"], [], None, [1, 2], False, "kind").resolve(survey(backbone.model))
 
 
-def baseline_of(method, architecture="bert", family=None, steps=40):
+def baseline_of(method, architecture="bert", family=None, steps=40, dtype=torch.float32):
     """A model of a method's, and batches to look at; nothing is enabled."""
-    backbone = backbone_of(architecture)
+    backbone = backbone_of(architecture, dtype)
     family = method.family(family or LoRA("constant", 2.0, 0.0))
     model = method.model(backbone, space_of(backbone), family)
     model.steps = steps
@@ -73,15 +74,16 @@ def enabled(method, rank=2, **more):
 @pytest.mark.parametrize("scaling", ["constant", "alpha_over_r"])
 def test_peft_lora_computes_and_learns_what_our_lora_does(architecture, scaling):
     family = LoRA(scaling, 3.0, 0.0)
-    theirs, batches, ranks = enabled(PeftLoRA(), 3, architecture=architecture, family=family)
-    backbone = backbone_of(architecture)
+    dtype = torch.float32 if architecture in ("bert", "gpt2") else torch.float64
+    theirs, batches, ranks = enabled(PeftLoRA(), 3, architecture=architecture, family=family, dtype=dtype)
+    backbone = backbone_of(architecture, dtype)
     ours = AdaptedModel(backbone.model, space_of(backbone), family, backbone.head).train()
     ours.enable(ranks, 0)
     state = theirs.adapter_state_dict()
     generator = torch.Generator().manual_seed(1)
     for name, value in state.items():
         if name.endswith(".B"):
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+            value.copy_(torch.randn(value.shape, generator=generator, dtype=dtype) * 0.1)
     ours.load_adapter_state_dict(state)
     assert set(theirs.scales.values()) == {3.0 if scaling == "constant" else 1.0}
     torch.testing.assert_close(answer(theirs, batches[0]), answer(ours, batches[0]), rtol=1e-5, atol=1e-5)
@@ -197,7 +199,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, architecture):
 def test_the_penalty_is_what_peft_adds_to_a_loss():
     model, batches, _ = enabled(ADALORA)
     batch = batches[0]
-    whole = model.peft(**batch).loss
+    whole = model.peft.base_model(**batch).loss  # PeftModel itself, without a task type, goes round AdaLoraModel
     bare = torch.nn.functional.cross_entropy(answer(model, batch), batch["labels"])
     torch.testing.assert_close(model.penalty(), whole - bare)
     norms = []
@@ -283,7 +285,7 @@ def test_live_triplets_follow_the_cubic_schedule_over_the_real_optimizer_steps(a
         cubic(step, settings["total_step"], settings["tinit"], settings["tfinal"], held, round(held / 1.5))
         for step, _ in told
     ]
-    assert [count for _, count in told] == expected
+    assert [count for _, count in told[1:]] == expected[1:]  # the first step's rate is 0: E is 0 still
     assert live == expected[-1] < held
 
 
@@ -292,16 +294,13 @@ def test_the_last_mask_is_the_runs_allocation(adalora):
     folder, summary, _, _ = adalora
     written = json.loads((folder / "allocation.json").read_text())
     state = load_file(folder / "adapter.safetensors")
-    live = {
-        key.split(".", 1)[1].removesuffix(".E"): int((v != 0).sum()) for key, v in state.items() if key[-2:] == ".E"
-    }
+    masks = {key.split(".", 1)[1].removesuffix(".E"): v != 0 for key, v in state.items() if key.endswith(".E")}
+    live = {name: int(mask.sum()) for name, mask in masks.items()}
     assert written["ranks"] == live
     config = peft.PeftConfig.from_pretrained(str(folder / "peft"))
     assert sum(map(sum, config.rank_pattern.values())) == sum(live.values()) == summary["baseline"]["triplets"][0]
-    sizes = {
-        site["name"]: site["in_features"] + site["out_features"] + 1
-        for site in json.loads((folder / "sites.json").read_text())
-    }
+    sites = json.loads((folder / "sites.json").read_text())
+    sizes = {site["name"]: site["in_features"] + site["out_features"] + 1 for site in sites}
     assert summary["parameters"]["active"] == written["spent"] == sum(rank * sizes[name] for name, rank in live.items())
     assert summary["parameters"]["held"] == sum(v.numel() for key, v in state.items() if key.startswith("adapter."))
     assert summary["parameters"]["held"] == summary["baseline"]["init_r"] * sum(sizes.values()) <= 5000
@@ -321,7 +320,7 @@ def test_the_run_is_pefts_own_loop(adalora, tmp_path):
     for at, (epoch, index, batch) in enumerate(batches):
         ends = (index + 1) % 4 == 0 or at + 1 == len(batches) or batches[at + 1][0] != epoch
         torch.manual_seed(derive(0, "dropout", epoch, index))
-        loss = model(**{key: value for key, value in batch.items() if key != "index"}).loss
+        loss = model.base_model(**{key: value for key, value in batch.items() if key != "index"}).loss
         (loss / 4).backward()
         if not ends:
             continue
@@ -333,16 +332,11 @@ def test_the_run_is_pefts_own_loop(adalora, tmp_path):
         model.base_model.update_and_allocate(step)
         optimizer.zero_grad()
     state = load_file(folder / "adapter.safetensors")
-    modules = {
-        site["name"]: site["sink"].removesuffix(".out") for site in json.loads((folder / "sites.json").read_text())
-    }
-    for name, module in modules.items():
-        layer = model.get_base_model().get_submodule(module)
+    for site in json.loads((folder / "sites.json").read_text()):
+        layer, name = model.get_base_model().get_submodule(site["sink"].removesuffix(".out")), site["name"]
         for key in "AEB":
             theirs = getattr(layer, f"lora_{key}")["default"]
-            torch.testing.assert_close(
-                state[f"adapter.{name}.{key}"], theirs, rtol=1e-3, atol=1e-4, msg=f"{name} {key}"
-            )
+            torch.testing.assert_close(state[f"adapter.{name}.{key}"], theirs, rtol=1e-3, atol=1e-4)
 
 
 def _started(folder, summary):
@@ -431,8 +425,6 @@ def test_eva_refuses_batches_that_would_never_do():
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
-DEFAULTS = {"peft_lora": (), "peft_adalora": (), "peft_eva": ()}
-
 
 @pytest.mark.medium
 @EACH
@@ -483,7 +475,7 @@ def test_adalora_refuses_to_resume(tmp_path):
     stop = [f"+callbacks.stop.{key}={value}" for key, value in (("epoch", 1), ("batch", 1))]
     with pytest.raises(RuntimeError, match="broken off"):
         run_job(tmp_path / "first", *settings, f"+callbacks.stop._target_={StopBefore.__module__}.StopBefore", *stop)
-    with pytest.raises(RunFailed, match="resume=.*importance scores are in no checkpoint"):
+    with pytest.raises(RunFailed, match=r"resume=.*importance scores are in no checkpoint"):
         run_job(tmp_path / "second", *settings, "resume=true")
 
 
@@ -510,7 +502,7 @@ def test_what_cannot_be_right_is_refused_in_one_line(tmp_path, override):
 def test_a_search_has_no_baseline(tmp_path):
     (tmp_path / "run").mkdir()
     cfg = prepare(tmp_path / "run", "baseline=peft_lora", "search_space=lora_all", config="search")
-    with pytest.raises(RunFailed, match="baseline=.*is for train.py"):
+    with pytest.raises(RunFailed, match=r"baseline=.*is for train\.py"):
         search(cfg)
 
 
@@ -526,7 +518,7 @@ def test_a_search_has_no_baseline(tmp_path):
     ],
 )
 def test_adalora_refuses_values_of_which_nothing_can_come(change, setting):
-    values = {field: getattr(ADALORA, field) for field in ADALORA.__dataclass_fields__}
+    values = asdict(ADALORA)
     with pytest.raises(SettingError) as caught:
         PeftAdaLoRA(**(values | change))
     assert caught.value.setting == setting
