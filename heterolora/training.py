@@ -422,6 +422,7 @@ class _Run:
             split: module.task.collapsed(found["prediction"], found["labels"]) for split, found in predictions.items()
         }
         head = sum(value.numel() for value in module.model.head_state_dict().values())
+        baseline = self.parts.baseline.report(module.model)
         return {
             "title": self._title(),
             "choices": dict(self.parts.choices),
@@ -431,7 +432,7 @@ class _Run:
             "parameters": {
                 "held": module.held_parameters,
                 "active": module.model.active_parameters,
-                "budget": allocation["budget"],
+                "budget": allocation["budget"] if baseline is None else baseline["budget"],
                 "unspent": allocation["unspent"],
                 "frozen": module.model.frozen_factors,
                 "head": head,
@@ -443,7 +444,7 @@ class _Run:
             },
             "seconds": {"search": module.search_seconds, "training": module.training_seconds},
             **in_short(allocation["provenance"]),
-            "baseline": self.parts.baseline.report(module.model),
+            "baseline": baseline,
             "peak_memory_mib": peak_mib(),
             "data": {
                 "note": splits.note,

@@ -16,10 +16,12 @@ from heterolora.backbone import Backbone
 from heterolora.baselines.lit import LitBaseline
 from heterolora.baselines.methods import PeftAdaLoRA, PeftEVA, PeftLoRA
 from heterolora.baselines.model import PeftBaseline, quiet
+from heterolora.comparison import compare
 from heterolora.errors import SettingError
 from heterolora.loading import load_run
 from heterolora.model import AdaptedModel
 from heterolora.report.summary import summary_table
+from heterolora.results import find_results
 from heterolora.run import RunFailed, search
 from heterolora.seeds import derive
 from heterolora.space import SearchSpace, survey
@@ -454,6 +456,12 @@ def test_a_start_beyond_the_budget_is_marked(tmp_path):
     cells = [cell for column in summary_table(summary).columns for cell in column.cells]
     assert "HELD BEYOND THE BUDGET" in cells
     assert "24" in cells
+    assert parameters["budget"] == 1664
+    run_job(tmp_path / "plain", "baseline=peft_lora", *settings)
+    found = find_results(tmp_path).results
+    assert sorted(result.beyond for result in found) == [0, 24]
+    section = compare(found, split=None, metric=None, baseline=None, primary=None, allow_unequal=True)[0]
+    assert any("more is held than the budget allows" in note and "(by 24)" in note for note in section.notes)
 
 
 @pytest.mark.medium

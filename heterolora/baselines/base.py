@@ -72,7 +72,7 @@ class Baseline(Protocol):
         """Find the ranks; arguments are those of ``scoring.search``."""
 
     def report(self, model: AdaptedModel) -> dict[str, Any] | None:
-        """What ``summary.json`` says of the method, plain values; None: nothing."""
+        """What ``summary.json`` says of the method, plain values, its ``budget`` among them; None: nothing."""
 
     def hand_over(
         self, model: AdaptedModel, run: Path, logits: Logits, settings: Export, origin: Origin

@@ -93,6 +93,7 @@ class PeftMethod:
     ) -> LitAdapted:
         """As ours, and told about steps."""
         _peft(model).steps = steps
+        _peft(model).allowed = parameters_only(parts.budget.resolve(model.space), "a baseline")
         return LitBaseline(model, parts.task, parts.optimizer, parts.seed, identity, prefix, processes)
 
     def search(self, model: AdaptedModel, *args: Any, **settings: Any) -> SearchResult:
@@ -100,7 +101,6 @@ class PeftMethod:
         start = time.perf_counter()
         budget = parameters_only(settings["budget"].resolve(model.space), "a baseline")
         ranks = self.ranks(_peft(model), args[1], budget)
-        _peft(model).allowed = budget
         spent = model.family.cost(model.space.sites)(ranks)
         allocation = Allocation(ranks, spent, budget if spent <= budget else None)
         return SearchResult(None, allocation, time.perf_counter() - start)
@@ -131,12 +131,14 @@ class PeftMethod:
     def report(self, model: AdaptedModel) -> dict[str, Any] | None:
         """For ``summary.json``."""
         ours = _peft(model)
-        beyond = 0 if ours.allowed is None else max(0, ours.held_parameters - ours.allowed)
+        assert ours.allowed is not None  # known since ``module``
+        beyond = max(0, ours.held_parameters - ours.allowed)
         return {
             "method": type(self).__name__.removeprefix("Peft"),
             "peft": version("peft"),
             **self.settings(ours),
             "scale": sorted(set(ours.scales.values())),
+            "budget": ours.allowed,
             "beyond_budget": beyond,
         }
 

@@ -81,7 +81,7 @@ class PeftBaseline(AdaptedModel):
         self.steps = 0
         """Optimizer steps of the whole training."""
         self.allowed: int | None = None
-        """Parameters of the budget, once it is resolved."""
+        """Parameters of the budget."""
         self.components: dict[str, torch.Tensor] | None = None
         """Of EVA: path of a module -> its first A, found before the modules are there."""
         self._peft: list[Any] = []  # in a list, for its parameters are the backbone's, and no others
