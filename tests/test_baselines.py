@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import asdict
 
 import peft
@@ -546,3 +548,10 @@ def test_triplets_cost_what_peft_holds():
     model, _, ranks = enabled(ADALORA, 3)
     theirs = sum(p.numel() for name, p in model.backbone.named_parameters() if "lora_" in name)
     assert model.held_parameters == theirs == SVD("constant", 1.0, 0.0, 0.02).cost(model.space.sites)(ranks)
+
+
+@pytest.mark.medium
+def test_peft_is_imported_by_those_alone_who_use_it():
+    code = "import sys, heterolora.run, heterolora.baselines.methods; print('peft' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
