@@ -198,7 +198,9 @@ def _rows(
         )
         for group, seeds in groups.items()
     )
-    return rows, notes + more + others
+    beyond = {group: max(run.beyond for run in seeds.values()) for group, seeds in groups.items()}
+    shown = ", ".join(f"{group} (by {most:,})" for group, most in beyond.items() if most)
+    return rows, notes + ([f"more is held than the budget allows in {shown}"] if shown else []) + more + others
 
 
 def _repetitions(runs: Sequence[Result]) -> tuple[dict[str, dict[int, Result]], list[str]]:

@@ -133,6 +133,8 @@ def load_run(run: str | Path, device: str = "cpu", data_root: str | None = None)
         objects = {node: build(config[node], node) for node in _NODES}
     except (ValueError, yaml.YAMLError, KeyError, TypeError) as error:  # a SettingError is a ValueError
         raise SettingError("run", folder, f"its files are damaged: {' '.join(str(error).split())}") from error
+    if config.get("baseline") is not None:
+        raise SettingError("run", folder, "its adapters are PEFT's own: load RUN/peft by PeftModel.from_pretrained")
     task: Task = objects["task"]
     backbone = objects["model"].load(task.outputs, config["seed"])
     path = folder / "adapter.safetensors"

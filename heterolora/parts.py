@@ -12,6 +12,7 @@ import lightning as L
 from heterolora.adapters.base import AdapterFamily
 from heterolora.allocators.base import Allocator
 from heterolora.backbone import Pretrained, Tiny
+from heterolora.baselines.base import Baseline, NoBaseline
 from heterolora.budget import Budget
 from heterolora.build import build
 from heterolora.callbacks.allocate import AllocationTime
@@ -76,6 +77,7 @@ class Parts:
     seed: int
     dry: bool
     start_from: str | None
+    baseline: Baseline
     choices: Mapping[str, Any]
 
 
@@ -103,6 +105,7 @@ def make_parts(config: Mapping[str, Any], choices: Mapping[str, Any]) -> Parts:
         seed=seed,
         dry=config["run"] == "dry",
         start_from=_folder(config["start_from"]),
+        baseline=NoBaseline() if config.get("baseline") is None else build(config["baseline"], "baseline"),
         choices=choices,
     )
 

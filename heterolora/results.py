@@ -35,6 +35,7 @@ class Result:
         place: where it was read, for messages.
         material: digests of the data and of the backbone's weights; empty: not known.
         code: commit and versions that made it; empty: not known.
+        beyond: parameters held beyond its budget; 0, too, where the budget is no number of parameters.
     """
 
     section: str
@@ -46,6 +47,7 @@ class Result:
     place: str
     material: str = ""
     code: str = ""
+    beyond: int = 0
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,8 @@ def _from_rows(path: Path, tournament: str) -> tuple[list[Result], dict[str, str
             material, code = _material(row["data"]["sha256"], row["backbone"]), _code(row["commit"], row["versions"])
             section = f"{row['section']}; tournament {tournament}" if tournament else row["section"]
             metrics = row["metrics"]
-            done.append(Result(section, row["group"], row["seed"], metrics, held, steps, place, material, code))
+            beyond = _beyond(row["parameters"])
+            done.append(Result(section, row["group"], row["seed"], metrics, held, steps, place, material, code, beyond))
         except (KeyError, TypeError) as error:
             raise SettingError("rows", place, f"lacks {error}") from error
     check_controls(list(newest.values()))
@@ -268,7 +271,8 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
             metrics, place = summary["metrics"], str(run.path)
             material = _material(summary["data"]["sha256"], summary["backbone"])
             code, steps = _code(None, summary["versions"]), summary["steps"]
-            results.append(Result(section, name, summary["seed"], metrics, held, steps, place, material, code))
+            beyond = _beyond(summary["parameters"])
+            results.append(Result(section, name, summary["seed"], metrics, held, steps, place, material, code, beyond))
     except (KeyError, TypeError) as error:
         raise SettingError("DIR", [str(run.path) for run in runs][:1], f"a summary lacks {error}") from error
     return results
@@ -277,6 +281,11 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
 def section_name(choices: Mapping[str, Any]) -> str:
     """What a run is compared within, by its options: task and backbone."""
     return f"{choices['task']}, {choices['model']}"
+
+
+def _beyond(parameters: Mapping[str, Any]) -> int:
+    budget = parameters.get("budget")
+    return 0 if budget is None else max(0, int(parameters["held"] - budget))
 
 
 def _material(data: str, backbone: str) -> str:
@@ -293,7 +302,7 @@ _NO_METHOD = frozenset(
 )
 """Values that tell no method from another; seeds are repetitions."""
 
-OFF = ("start_from", "budget.step_time", "init")
+OFF = ("start_from", "budget.step_time", "init", "baseline")
 """Dotted keys that are null or empty where they change nothing: then they are as if they were not there."""
 
 _APART = ("task", "model", "logger", "callbacks", "experiment")

@@ -190,7 +190,13 @@ def search(cfg: DictConfig) -> None:
         config = _resolved(cfg)
         if (place := find_place(os.environ)) is not None:
             raise SettingError("search.py", f"{place.size} processes, by {place.starter}", "a search takes one")
-        for key, only in (("tournament", None), ("run", "full"), ("resume", False), ("start_from", None)):
+        for key, only in (
+            ("tournament", None),
+            ("run", "full"),
+            ("resume", False),
+            ("start_from", None),
+            ("baseline", None),
+        ):
             if config[key] != only:
                 raise SettingError(key, config[key], f"is for train.py; a search has {str(only).lower()} there")
         parts = make_parts(config, choices)
@@ -309,7 +315,7 @@ def _hold_tournament(config: Mapping[str, Any], overrides: Sequence[str]) -> Non
 
 def _check_choices(choices: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Hydra merges the options of ``group=[a,b]`` into one node, which no group of ours is meant for."""
-    for group in set(NODES) - {"data", "probe", "optimizer", "prefix", "export"}:
+    for group in {*NODES, "baseline"} - {"data", "probe", "optimizer", "prefix", "export"}:
         if not isinstance(choices.get(group), str):
             given = next((text.partition("=")[2] for text in overrides if text.startswith(f"{group}=")), None)
             raise SettingError(group, given, f"one option is needed; for several runs: -m {group}=a,b")

@@ -29,7 +29,7 @@ from heterolora.checkpoints import CURVES
 from heterolora.data.module import TextData
 from heterolora.data.splits import Splits
 from heterolora.errors import SettingError
-from heterolora.export import hand_over, origin_of
+from heterolora.export import origin_of
 from heterolora.findings import FILES, SITE_COLUMNS, Scores, write_findings
 from heterolora.history import HISTORY, Decision, append_decision, read_history
 from heterolora.inits.base import check_lora, initialise
@@ -49,7 +49,7 @@ from heterolora.report.picture import HISTORY_PICTURE, draw_history
 from heterolora.report.plan import print_plan
 from heterolora.report.summary import print_summary
 from heterolora.resume import Resume
-from heterolora.scoring import SearchResult, check_budget, check_trained, rehearse, search, untracked
+from heterolora.scoring import SearchResult, check_budget, check_trained, rehearse, untracked
 from heterolora.shelf import Shelf
 from heterolora.space import Space, survey
 from heterolora.step_time import StepLimit, StepTimes, in_short, shown
@@ -126,11 +126,12 @@ class _Run:
         given = self.config
         material = self.shelf.material(parts, given)
         splits, task = material.splits, material.task
-        self.parts = parts = replace(parts, task=task)
+        parts = replace(parts, task=task)
+        self.parts = parts = parts.baseline.adopted(parts, self.resume is not None, self.processes)
         self.config = for_the_record(given, task)
         backbone = self.shelf.backbone(parts, given, task.outputs)
         space = parts.search_space.resolve(survey(backbone.model, backbone.layout))
-        model = AdaptedModel(backbone.model, space, parts.adapter, backbone.head)
+        model = parts.baseline.model(backbone, space, parts.adapter)
         if backbone.gradient_checkpointing:
             model.gradient_checkpointing()
         self.parts = parts = replace(parts, allocator=placed(parts.allocator, space.sites))
@@ -149,7 +150,8 @@ class _Run:
         }
         self.processes.check_equal("backbone and data", repr(identity))
         prefix = self._prefix(data, model, backbone)
-        module = LitAdapted(model, parts.task, parts.optimizer, parts.seed, identity, prefix, self.processes)
+        steps = parts.trainer.steps(len(data.examples["train"]), data.settings.batch_size)
+        module = parts.baseline.module(model, parts, steps, identity, prefix, self.processes)
         if parts.dry:
             return self._plan(module, data, splits) if self.processes.leads else {}
         parts.trainer.compile_model(model)
@@ -223,7 +225,8 @@ class _Run:
     @property
     def _scored(self) -> bool:
         """Whether batches are looked at before training."""
-        return self.parts.allocator.gain_rule is not None and looks_at_batches(self.parts.proxy)
+        scored = self.parts.allocator.gain_rule is not None and looks_at_batches(self.parts.proxy)
+        return scored or self.parts.baseline.looks_at_batches
 
     # -- search -----------------------------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class _Run:
         # A head that is trained needs no warming up.
         probe = parts.probe if moment.standing is None else replace(parts.probe, head_warmup_steps=0)
         look = partial(
-            search,
+            parts.baseline.search,
             lit.model,
             lit.scalar_loss,
             on_device(batches, lit.model),
@@ -343,7 +346,7 @@ class _Run:
         """Training under changing allocations is over: the last one is the run's, and the history is drawn."""
         history = read_history(self.folder / HISTORY)
         if not history:
-            return
+            return self._masked(module.model, backbone)
         model = module.model
         space, ranks = model.space, model.ranks
         draw = max(number for number, decision in enumerate(history) if decision.scores or not number)
@@ -363,6 +366,16 @@ class _Run:
         self._write_findings(space, scores, rows, found, backbone.fingerprint, own)
         draw_history(space, history, self._title(), self.folder / HISTORY_PICTURE)
         self.parts.logger.log_picture("allocation/history", self.folder / HISTORY_PICTURE)
+
+    def _masked(self, model: AdaptedModel, backbone: Backbone) -> None:
+        """A baseline may have masked units of rank, which it still holds: those that act are the run's allocation."""
+        before, ranks = json.loads((self.folder / "allocation.json").read_text()), model.ranks
+        if ranks == before["ranks"]:
+            return
+        spent, budget = self.parts.adapter.cost(model.space.sites)(ranks), self.parts.budget.resolve(model.space)
+        allowed = budget if isinstance(budget, int) and spent <= budget else None
+        origin = before["provenance"] | {"held": {"ranks": before["ranks"], "parameters": before["spent"]}}
+        self._write_findings(model.space, None, [], Allocation(ranks, spent, allowed, origin), backbone.fingerprint)
 
     def _write_findings(
         self,
@@ -423,15 +436,16 @@ class _Run:
         trainer: L.Trainer,
     ) -> dict[str, Any]:
         allocation = json.loads((self.folder / "allocation.json").read_text())
-        if allocation["spent"] != module.model.held_parameters:
+        if allocation["spent"] != module.model.active_parameters:
             raise RuntimeError(
-                f"{module.model.held_parameters} parameters are held, {allocation['spent']} were allocated"
+                f"{module.model.active_parameters} parameters are active, {allocation['spent']} were allocated"
             )
         predictions = {split: module.predictions(split) for split in metrics}
         collapsed = {
             split: module.task.collapsed(found["prediction"], found["labels"]) for split, found in predictions.items()
         }
         head = sum(value.numel() for value in module.model.head_state_dict().values())
+        baseline = self.parts.baseline.report(module.model)
         return {
             "title": self._title(),
             "choices": dict(self.parts.choices),
@@ -441,7 +455,7 @@ class _Run:
             "parameters": {
                 "held": module.held_parameters,
                 "active": module.model.active_parameters,
-                "budget": allocation["budget"],
+                "budget": allocation["budget"] if baseline is None else baseline["budget"],
                 "unspent": allocation["unspent"],
                 "frozen": module.model.frozen_factors,
                 "head": head,
@@ -453,6 +467,7 @@ class _Run:
             },
             "seconds": {"search": module.search_seconds, "training": module.training_seconds},
             **in_short(allocation["provenance"]),
+            "baseline": baseline,
             "peak_memory_mib": peak_mib(),
             "data": {
                 "note": splits.note,
@@ -491,7 +506,7 @@ class _Run:
         written = {**summary, "metrics": without_nan(summary["metrics"])}
         origin = origin_of(self.config, self.parts.task, written, allocation)
         with torch.compiler.set_stance("force_eager"):  # one forward is not worth a compilation
-            summary["export"] = hand_over(
+            summary["export"] = self.parts.baseline.hand_over(
                 module.model, self.folder, lambda model: self.parts.task.logits(model, batch), self.parts.export, origin
             )
         write_json(self.folder / "summary.json", {**written, "export": summary["export"]})
@@ -505,8 +520,8 @@ class _Run:
             old.unlink()
 
     def _title(self) -> str:
-        keys = ["model", "search_space", "proxy", "allocator", "budget"]
-        if self.parts.allocator.gain_rule is None:
+        keys = ["model", "search_space", *self.parts.baseline.chosen, "budget"]
+        if "proxy" in keys and self.parts.allocator.gain_rule is None:
             keys.remove("proxy")
         chosen = ", ".join(str(self.parts.choices.get(key, "?")) for key in keys)
         return f"{self.parts.task.name}: {chosen}, seed {self.parts.seed}"

@@ -138,7 +138,7 @@ def test_a_resumed_run_does_not_search_and_refuses_another_backbone(tmp_path, mo
     def search(*arguments, **options):
         raise AssertionError("searched")
 
-    monkeypatch.setattr("heterolora.training.search", search)
+    monkeypatch.setattr("heterolora.baselines.base.search", search)
     with monkeypatch.context() as patch:
         patch.setattr("heterolora.backbone.fingerprint", lambda model, without: "another")
         with pytest.raises(RunFailed, match="other backbone weights"):

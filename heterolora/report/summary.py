@@ -32,6 +32,8 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("budget", budget)
     if parameters["unspent"] is not None:
         table.add_row("unspent", f"{parameters['unspent']:,}")
+    if (baseline := summary.get("baseline")) is not None:
+        table.add_row("baseline", f"{baseline['method']} of PEFT {baseline['peft']}")
     table.add_row("head parameters (apart)", f"{parameters['head']:,}")
     table.add_row("sites with rank", f"{summary['sites']['active']} of {summary['sites']['candidates']}")
     table.add_section()
