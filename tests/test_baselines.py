@@ -34,7 +34,7 @@ ADALORA = PeftAdaLoRA("budget", 1.5, 0.1, 0.3, 1, 0.85, 0.85, 0.1)
 EVA = PeftEVA("budget", 2.0, 0.99, False)
 METHODS = {"peft_lora": PeftLoRA(), "peft_adalora": ADALORA, "peft_eva": EVA}
 LORA_ALL = ("search_space=lora_all", "budget=all_r2")
-EACH = pytest.mark.parametrize("name", METHODS)
+EACH = pytest.mark.parametrize("name", shown(METHODS, ["peft_lora", "peft_adalora"]))
 
 
 def backbone_of(architecture="bert", dtype=torch.float32):
@@ -466,6 +466,30 @@ def test_a_start_beyond_the_budget_is_marked(tmp_path):
 
 
 @pytest.mark.medium
+@pytest.mark.parametrize("start", ["paper", "budget"])
+def test_ranks_that_eva_moves_to_dear_modules_are_marked_or_lowered(tmp_path, monkeypatch, start):
+    plain = PeftEVA.find
+
+    def find(self, model, batches, rank):
+        found = plain(self, model, batches, rank)
+        if rank == 2:  # one unit from a module of 64 parameters a unit to one of more
+            cheap, dear = model.modules_of["0.q"], model.modules_of["0.up"]
+            found[cheap], found[dear] = found[cheap][:1], torch.cat([found[dear][:2], found[dear][:1]])
+            found |= {name: value[:2] for name, value in found.items() if name not in (cheap, dear)}
+        return found
+
+    monkeypatch.setattr(PeftEVA, "find", find)
+    settings = ("baseline=peft_eva", "baseline.rho=1", f"baseline.start={start}", *LORA_ALL)
+    summary = run_job(tmp_path / "run", *settings)
+    sites = {site["name"]: site for site in json.loads((tmp_path / "run" / "sites.json").read_text())}
+    q, up = (sites[name]["in_features"] + sites[name]["out_features"] for name in ("0.q", "0.up"))
+    held = 1664 + up - q if start == "paper" else 1664 // 2
+    assert summary["parameters"]["held"] == held
+    assert summary["parameters"]["budget"] == 1664
+    assert summary["baseline"]["beyond_budget"] == max(0, held - 1664)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["peft_lora", "peft_eva"])
 def test_a_run_broken_off_resumes_to_the_same_bits(tmp_path, name):
     settings = (*LORA_ALL, f"baseline={name}", "adapter.dropout=0.1", "trainer.checkpoint_every=2")
