@@ -30,11 +30,18 @@ def option(group: str, name: str, setting: str | None = None, seed: int = 0) -> 
         seed: of the run.
 
     Raises:
-        SettingError: if there is no such option.
+        SettingError: if there is no such option, or it is a preset that chooses options of other groups, too.
     """
     if name not in options(group):
         raise SettingError(setting or group, name, f"possible: {options(group)}")
     node = _read(config_folder() / group / f"{name}.yaml")
+    if "_target_" not in node and node.get("defaults"):
+        chosen = [
+            entry if isinstance(entry, str) else " ".join(map("=".join, entry.items())) for entry in node["defaults"]
+        ]
+        raise SettingError(
+            setting or group, name, f"is a preset for train.py; choose what it does: {', '.join(chosen)}"
+        )
     tree = _read(config_folder() / "train.yaml") | {"seed": seed}
     return {key: _resolved(value, tree) for key, value in node.items()}
 

@@ -253,6 +253,12 @@ class _Run:
             return
         for setting, given, refused, possible in (
             ("allocation", parts.choices.get("allocation"), not isinstance(parts.allocation, Static), "static"),
+            (
+                "adapter",
+                parts.choices.get("adapter"),
+                parts.adapter.needs_weights,
+                "lora: whole weights are at no place",
+            ),
             ("prefix.cache", True, parts.prefix.cache, "false"),
             ("prefix.dropout", False, not parts.prefix.dropout, "true"),
             ("trainer.compile", True, parts.trainer.compile, "false"),

@@ -163,6 +163,10 @@ def test_an_adapted_model_is_scored_where_it_is(model, loader):
     ("changes", "message"),
     [
         ({"proxy": "nope"}, "proxy=nope: possible"),
+        (
+            {"allocator": "eva"},
+            "allocator=eva: is a preset for train.py; choose what it does: redistribute@allocator, ",
+        ),
         ({"search_space": "nope"}, "search_space=nope: possible"),
         ({"budget": True}, "budget=True: a name, one of"),
         ({"allocator": 3}, "allocator=3: a name, one of"),
