@@ -8,12 +8,13 @@ if TYPE_CHECKING:  # torch takes seconds, and questions about configs need none
     from heterolora.library import FoundAllocation, attach, from_peft, search
     from heterolora.loading import LoadedRun
     from heterolora.model import AdaptedModel
+    from heterolora.several import Several
 
-__all__ = ["FoundAllocation", "__version__", "attach", "from_peft", "load", "load_run", "search"]
+__all__ = ["FoundAllocation", "Several", "__version__", "attach", "from_peft", "load", "load_run", "search"]
 
 __version__ = "0.1.0"
 
-_LATER = dict.fromkeys(["FoundAllocation", "attach", "from_peft", "search"], "library")
+_LATER = dict.fromkeys(["FoundAllocation", "attach", "from_peft", "search"], "library") | {"Several": "several"}
 
 
 def __getattr__(name: str) -> Any:

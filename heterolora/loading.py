@@ -12,6 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from heterolora.allocation import read_ranks
+from heterolora.backbone import Backbone
 from heterolora.build import build
 from heterolora.data.module import Data, encode
 from heterolora.errors import SettingError
@@ -117,26 +118,85 @@ def load_run(run: str | Path, device: str = "cpu", data_root: str | None = None)
     Raises:
         SettingError: if the folder holds no finished run, or the backbone is not the one that was trained.
     """
-    folder = Path(run).expanduser()
-    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
-        raise SettingError("run", folder, f"no finished run: {missing} missing{_state(folder)}")
+    files = run_files(run)
     _check_device(device)
     if data_root is not None and not Path(data_root).expanduser().is_dir():
         raise SettingError("data_root", data_root, "no such folder")
+    objects = files.objects
+    backbone = files.load_backbone()
+    model = files.adapted(backbone).to(device).eval()
+    data = replace(objects["data"], cache_dir=None)
+    if data_root is not None:
+        data = replace(data, root=data_root)
+    precision = files.config["trainer"]["precision"]
+    return LoadedRun(
+        files.folder, model, backbone.tokenizer, backbone.positions, objects["task"], data, precision, files.summary
+    )
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a finished run's folder says, before any backbone is loaded.
+
+    Attributes:
+        folder: the run's.
+        config: as it was resolved.
+        summary: what the run wrote down at its end.
+        ranks: site name -> rank.
+        objects: what the config names: model, task, data, search_space, adapter.
+        state: trained tensors, see ``AdaptedModel.trained_state_dict``.
+        trained_on: fingerprint of the backbone.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    ranks: Mapping[str, int]
+    objects: Mapping[str, Any]
+    state: Mapping[str, torch.Tensor]
+    trained_on: str | None
+
+    def load_backbone(self) -> Backbone:
+        """The backbone that the config names, with a head as it was drawn."""
+        backbone: Backbone = self.objects["model"].load(self.objects["task"].outputs, self.config["seed"])
+        return backbone
+
+    def adapted(self, backbone: Backbone) -> AdaptedModel:
+        """The backbone with the run's adapters on it; its head is filled.
+
+        Raises:
+            SettingError: if the run was trained on another backbone.
+        """
+        if self.trained_on != backbone.fingerprint:
+            raise SettingError(
+                "run", self.folder, "model.path holds other backbone weights than the run was trained on"
+            )
+        space = self.objects["search_space"].resolve(survey(backbone.model, backbone.layout))
+        model = AdaptedModel(backbone.model, space, self.objects["adapter"], backbone.head)
+        model.enable(self.ranks, self.config["seed"])
+        model.load_trained_state_dict(self.state)
+        return model
+
+
+def run_files(run: str | Path) -> RunFiles:
+    """Read the folder of a finished run.
+
+    Raises:
+        SettingError: if it holds none.
+    """
+    folder = Path(run).expanduser()
+    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
+        raise SettingError("run", folder, f"no finished run: {missing} missing{_state(folder)}")
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         ranks = read_ranks(folder / "allocation.json")
-        if data_root is not None:
-            config["data"]["root"] = data_root
         config["data"].setdefault("pad_to_multiple_of", 1)  # runs before there was this setting
         objects = {node: build(config[node], node) for node in _NODES}
     except (ValueError, yaml.YAMLError, KeyError, TypeError) as error:  # a SettingError is a ValueError
         raise SettingError("run", folder, f"its files are damaged: {' '.join(str(error).split())}") from error
     if config.get("baseline") is not None:
         raise SettingError("run", folder, "its adapters are PEFT's own: load RUN/peft by PeftModel.from_pretrained")
-    task: Task = objects["task"]
-    backbone = objects["model"].load(task.outputs, config["seed"])
     path = folder / "adapter.safetensors"
     try:
         with safe_open(path, "pt") as file:
@@ -145,16 +205,7 @@ def load_run(run: str | Path, device: str = "cpu", data_root: str | None = None)
             state = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise SettingError("run", folder, f"{path.name} cannot be read ({error})") from error
-    if trained_on != backbone.fingerprint:
-        raise SettingError("run", folder, "model.path holds other backbone weights than the run was trained on")
-    space = objects["search_space"].resolve(survey(backbone.model, backbone.layout))
-    model = AdaptedModel(backbone.model, space, objects["adapter"], backbone.head)
-    model.enable(ranks, config["seed"])
-    model.load_trained_state_dict(state)
-    model = model.to(device).eval()
-    data = replace(objects["data"], cache_dir=None)
-    precision = config["trainer"]["precision"]
-    return LoadedRun(folder, model, backbone.tokenizer, backbone.positions, task, data, precision, summary)
+    return RunFiles(folder, config, summary, ranks, objects, state, trained_on)
 
 
 def _check_device(device: str) -> None:

@@ -109,6 +109,18 @@ def load_export(folder: str | Path, device: str = "cpu") -> AdaptedModel:
     Raises:
         SettingError: if it is no such folder, its backbone cannot be found, or is another one now.
     """
+    return from_peft(export_backbone(folder), Path(folder).expanduser()).to(device)
+
+
+def export_backbone(folder: str | Path) -> Backbone:
+    """The backbone that a folder which was exported or merged here names, or holds.
+
+    Args:
+        folder: with a ``heterolora.json``.
+
+    Raises:
+        SettingError: if it is no such folder, or the backbone cannot be found.
+    """
     place = Path(folder).expanduser()
     try:
         notes = json.loads((place / NOTES).read_text(encoding="utf-8"))
@@ -118,10 +130,14 @@ def load_export(folder: str | Path, device: str = "cpu") -> AdaptedModel:
     if node is None:
         raise SettingError("folder", place, f"{NOTES} names no backbone; use heterolora.from_peft with yours")
     if (place / "config.json").is_file():
-        backbone = merged_backbone(place, node, outputs)
-    else:
-        backbone = build(node, "model").load(outputs, 0)
-    return from_peft(backbone, place).to(device)
+        return merged_backbone(place, node, outputs)
+    backbone: Backbone = build(node, "model").load(outputs, 0)
+    return backbone
+
+
+def saved_head(backbone: Backbone, folder: str | Path, setting: str = "folder") -> dict[str, torch.Tensor]:
+    """The parameters of the head that an adapter's folder holds, by name; see ``from_peft``."""
+    return _saved(*_read(Path(folder).expanduser(), backbone, setting))
 
 
 def merged_backbone(folder: Path, node: Mapping[str, Any], outputs: int) -> Backbone:
