@@ -34,7 +34,8 @@ def test_every_task_is_in_the_table():
 
 
 @pytest.mark.parametrize(
-    "group", ["model", "task", "search_space", "proxy", "allocator", "budget", "logger", "experiment"]
+    "group",
+    ["model", "task", "search_space", "adapter", "proxy", "allocator", "baseline", "budget", "logger", "experiment"],
 )
 def test_the_readme_names_every_option(group):
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{group}` |"))

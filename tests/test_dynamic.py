@@ -122,7 +122,7 @@ def test_own_factors_score_what_was_trained_and_the_probes_what_was_not(tmp_path
 
 
 def test_scores_that_say_nothing_change_nothing_later_on(tmp_path, monkeypatch, caplog):
-    import heterolora.training as module
+    import heterolora.baselines.base as module
 
     real, calls = module.search, []
 

@@ -348,7 +348,7 @@ def test_adalora_is_pefts():
         theirs.base_model.update_and_allocate(step)
         callback.after_step(lit, step)
         for layer, adapter in pairs.values():
-            torch.testing.assert_close(adapter.E, layer.lora_E["default"].flatten(), rtol=1e-7, atol=1e-12)
+            torch.testing.assert_close(adapter.E, layer.lora_E["default"].flatten(), rtol=1e-5, atol=1e-8)
         masked.add(tuple(int((adapter.E == 0).sum()) for _, adapter in pairs.values()))
     assert len(masked) > 2
     expected = logits(model, batch)

@@ -32,6 +32,7 @@ SELECTS = {  # option: what its name says
     "lora_all": lambda site: site.kind == "lora",
     "shortcuts": lambda site: site.kind == "shortcut",
     "lora_qv_shortcuts": lambda site: site.kind == "shortcut" or site.role in ("q", "v", "qkv"),
+    "lor2c": lambda site: (site.role == "shortcut_attn" and site.span in (2, 4)) or site.role in ("q", "v", "qkv"),
 }
 
 
@@ -106,8 +107,10 @@ def test_every_option_has_a_line_in_the_table():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_option_selects_what_its_name_says(architecture, path):
-    everything = [*surveyed(architecture).lora_sites, *surveyed(architecture).shortcut_sites([1, 2])]
-    space = build(yaml.safe_load(path.read_text()), "search_space").resolve(surveyed(architecture))
+    node = yaml.safe_load(path.read_text())
+    spans = sorted({1, 2, *node["spans"]})
+    everything = [*surveyed(architecture).lora_sites, *surveyed(architecture).shortcut_sites(spans)]
+    space = build(node, "search_space").resolve(surveyed(architecture))
     assert set(names(space)) == {site.name for site in everything if SELECTS[path.stem](site)}
     assert not space.renorm
 
@@ -223,7 +226,7 @@ def test_groups_of_two_streams_are_apart():
 @pytest.mark.parametrize("group_by", ["span", "", None])
 def test_other_groups_are_refused(group_by):
     node = yaml.safe_load(FILES[0].read_text()) | {"group_by": group_by}
-    with pytest.raises(SettingError, match=r"search_space\.group_by.*'kind', 'role' or 'layer'"):
+    with pytest.raises(SettingError, match=r"search_space\.group_by.*'kind', 'role', 'layer' or 'label'"):
         build(node, "search_space")
 
 
