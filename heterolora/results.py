@@ -302,7 +302,7 @@ _NO_METHOD = frozenset(
 )
 """Values that tell no method from another; seeds are repetitions."""
 
-OFF = ("start_from", "budget.step_time", "init", "baseline")
+OFF = ("start_from", "budget.step_time", "init", "baseline", "allocator.groups")
 """Dotted keys that are null or empty where they change nothing: then they are as if they were not there."""
 
 _APART = ("task", "model", "logger", "callbacks", "experiment")
