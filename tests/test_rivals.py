@@ -503,7 +503,7 @@ PRESETS = {
     "eva": ("allocator=eva", "budget.rank=2"),
     "gora": ("allocator=gora", "budget.rank=2"),
     "plop": ("allocator=plop",),
-    "alora": ("allocator=alora", "budget=all_r2", "allocation.every=0.5"),
+    "alora": ("allocator=alora", "budget=all_r2", "allocation.every=0.5", "allocation.events=1"),
     "adalora": ("allocator=adalora", "budget=all_r2"),
     "adalora_paper": ("allocator=adalora", "budget=all_r2", "allocation.start=paper"),
     "para": ("allocator=para", "budget=all_r2", "allocation.at=0.3"),
@@ -539,7 +539,7 @@ def test_a_preset_trains_within_its_budget_and_loads_again(tmp_path, preset):
 
 @pytest.mark.medium
 @pytest.mark.parametrize(
-    ("preset", "place"), [*((name, (0, 3)) for name in PRESETS), ("adalora", (1, 2)), ("alora", (1, 1))], ids=str
+    ("preset", "place"), [*((name, (0, 3)) for name in PRESETS), *((name, (1, 2)) for name in CHANGING)], ids=str
 )
 def test_a_preset_broken_off_resumes_to_the_same_bits(tmp_path, preset, place):
     chosen = [*TRAINED, *PRESETS[preset]]
@@ -571,6 +571,15 @@ REFUSED = [
         ["allocation=alora", "adapter=tied_lora"],
         r"adapter=TiedLoRA: allocation=alora changes ranks in training, which it cannot",
     ),
+    (
+        ["allocation=alora", "adapter=lora_xs", "adapter.scaling=constant", "search_space=lora_all"],
+        "moves single units",
+    ),
+    (
+        ["allocation=alora", "adapter=dora", "search_space=lora_all"],
+        "adapter=DoRA: allocation=alora moves single units",
+    ),
+    (["baseline=peft_lora", "init=eva", "search_space=lora_all"], "init=eva: with baseline=peft_lora: none"),
     (["allocation=alora", "adapter=rslora"], r"adapter\.scaling=alpha_over_sqrt_r"),
     (["allocation=para", "adapter=svd"], r"adapter=SVD: allocation=para writes"),
     (["allocation=dynamic", "adapter=vera"], r"allocation=dynamic: VeRA cannot be switched"),

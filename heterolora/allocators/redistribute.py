@@ -21,7 +21,7 @@ class Redistribute:
     over, until none fits.
 
     Args:
-        rho: no site gets more than rho times the rank that the budget pays for everywhere (at least 1); 1: all alike.
+        rho: no site gets more than rho times the whole rank that the budget pays for everywhere (at least 1).
         seed: order of ties.
     """
 
@@ -43,7 +43,8 @@ class Redistribute:
         """Ranks by one list of all units, best first."""
         allowed = parameters_only(budget, "redistribute")
         units = additive_only(cost, "redistribute").units
-        most = max(1, round(self.rho * allowed / sum(units[name] for name in gains)))
+        everywhere = max(1, allowed // sum(units[name] for name in gains))
+        most = round(self.rho * everywhere)
         order = [
             (-value, tie_order(self.seed, name), k, name)
             for name, values in gains.items()

@@ -60,6 +60,7 @@ class PeftMethod:
         for setting, given, refused, possible in (
             ("adapter", choices.get("adapter"), not own, possible_adapter),
             ("allocation", choices.get("allocation"), not isinstance(parts.allocation, Static), "static"),
+            ("init", choices.get("init"), parts.init is not None, "none"),
             ("budget.step_time", parts.budget.step_time, parts.budget.step_time is not None, "null"),
             ("start_from", parts.start_from, parts.start_from is not None, "null"),
             ("trainer.devices", processes.size, not processes.alone, "1"),

@@ -162,7 +162,7 @@ class MaskTriplets(AllocateRanks):
         self.total = int(trainer.estimated_stepping_batches)
         self.first = step_of(self.settings.warmup, self.total)
         self.last = self.total - step_of(self.settings.final, self.total)
-        if not self.first < self.last:
+        if not max(self.first, 1) < self.last:  # importances come from a step before the last mask
             raise SettingError(
                 "allocation",
                 f"warmup={self.settings.warmup}, final={self.settings.final}",

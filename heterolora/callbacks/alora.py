@@ -14,7 +14,7 @@ from heterolora.adapters.base import AdapterFamily, plain_factors
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator
 from heterolora.callbacks.allocate import Decided, Found, Look, Search, same_budget
-from heterolora.callbacks.events import Events, check_switching
+from heterolora.callbacks.events import Events, check_any_units, check_switching
 from heterolora.cost import Cost
 from heterolora.errors import SettingError
 from heterolora.lit import LitAdapted
@@ -72,6 +72,7 @@ class ALoRA:
             SettingError: naming the setting.
         """
         check_switching("alora", adapter, compiled)
+        check_any_units("alora", adapter)
 
     def callback(
         self,

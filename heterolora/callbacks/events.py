@@ -9,6 +9,8 @@ import lightning as L
 import torch
 
 from heterolora.adapters.base import AdapterFamily
+from heterolora.adapters.lora import LoRA
+from heterolora.adapters.svd import SVD
 from heterolora.allocation import Allocation
 from heterolora.callbacks.allocate import AllocateRanks, Decided, Found, Search
 from heterolora.errors import SettingError
@@ -41,6 +43,18 @@ def check_switching(name: str, adapter: AdapterFamily, compiled: bool) -> None:
         raise SettingError("adapter.scaling", scaling, f"allocation={name} changes ranks, and this the scale: constant")
     if compiled:
         raise SettingError("trainer.compile", True, f"not with allocation={name}: each change would compile anew")
+
+
+def check_any_units(name: str, adapter: AdapterFamily) -> None:
+    """Refuse families of which single units of rank are no adapter, since frozen factors or lengths stay behind.
+
+    Raises:
+        SettingError: naming the family.
+    """
+    if not isinstance(adapter, (LoRA, SVD)):
+        raise SettingError(
+            "adapter", type(adapter).__name__, f"allocation={name} moves single units of rank: adapter=lora, or svd"
+        )
 
 
 class Events(AllocateRanks):
@@ -107,7 +121,8 @@ class Events(AllocateRanks):
         self.period = self.every if isinstance(self.every, int) else math.ceil(self.every * steps)
         self.first = step_of(self.start, total)
         self.last = step_of(self.stop, total)
-        if not any(self.is_due(step, step % steps) for step in range(1, total)):
+        # A resumed run may have all its events behind it.
+        if not self.resumed and not any(self.is_due(step, step % steps) for step in range(1, total)):
             raise SettingError(
                 "allocation",
                 f"every={self.every}, start={self.start}, stop={self.stop}",

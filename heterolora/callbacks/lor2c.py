@@ -12,7 +12,7 @@ from heterolora.adapters.base import AdapterFamily
 from heterolora.allocation import Allocation
 from heterolora.allocators.base import Allocator
 from heterolora.callbacks.allocate import Decided, Found, Look, Search, same_budget
-from heterolora.callbacks.events import Events, check_switching
+from heterolora.callbacks.events import Events, check_any_units, check_switching
 from heterolora.errors import SettingError
 from heterolora.lit import LitAdapted
 from heterolora.scoring import Probe
@@ -70,6 +70,7 @@ class LoR2C:
             SettingError: naming the setting.
         """
         check_switching("lor2c", adapter, compiled)
+        check_any_units("lor2c", adapter)
 
     def callback(
         self,
@@ -163,7 +164,8 @@ class MergeAndInject(Events):
         after = {**ranks, name: 0, **{inner: ranks[inner] + rank for inner in places[name]}}
         cost = lit.model.family.cost(space.sites)
         if cost(after) > cost(ranks):
-            raise SettingError("allocation.share", self.settings.share, f"LoRA in place of {name} costs more than it")
+            _log.warning("step %d: nothing is injected, LoRA in place of %s costs more than it", step, name)
+            return
         why = f"step {step}: {name} gives way to {', '.join(places[name])}"
         self.change(trainer, lit, batch, step, after, self._shown(lit, scores), why=why)
 
