@@ -198,7 +198,9 @@ def _base_model(backbone: nn.Module) -> str | None:
 
 def _transposed(backbone: nn.Module, modules: Iterable[str]) -> bool:
     """Whether these layers hold their weights transposed (``Conv1D``)."""
-    return all(hasattr(backbone.get_submodule(module), "nx") for module in modules)
+    layers = [backbone.get_submodule(module) for module in modules]
+    linear = [layer for layer in layers if not isinstance(layer, nn.Embedding)]
+    return bool(linear) and all(hasattr(layer, "nx") for layer in linear)
 
 
 @dataclass(frozen=True)
@@ -220,14 +222,14 @@ def _parts(model: AdaptedModel) -> _Parts:
             shortcuts[name] = adapter
         else:
             lora[name] = adapter
-            modules[module] = _factors(adapter)
+            modules[module] = _factors(adapter, model.space[name].lookup)
     return _Parts(lora, shortcuts, modules, head_modules(model.backbone, model.head))
 
 
-def _factors(adapter: Adapter) -> Factors:
+def _factors(adapter: Adapter, lookup: bool) -> Factors:
     if isinstance(adapter, Decomposed):
         return Factors(adapter.A.detach(), adapter.B.detach(), adapter.scale, adapter.m.detach())
-    return Factors(*plain_factors(adapter), adapter.scale)
+    return Factors(*plain_factors(adapter), adapter.scale, lookup=lookup)
 
 
 def head_modules(backbone: nn.Module, head: frozenset[str]) -> list[str]:
@@ -447,7 +449,10 @@ def _compare_factors(theirs: Any, parts: _Parts, fold_scale: bool) -> None:
         raise ExportError(f"PEFT has adapters at other modules: {sorted(layers.keys() ^ parts.modules.keys())[:3]}")
     for name, layer in layers.items():
         ours, scale = parts.modules[name], layer.scaling["default"]
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # noqa: N806
+        if ours.lookup:
+            A, B = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]  # noqa: N806
+        else:
+            A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # noqa: N806
         if layer.r["default"] != len(ours.A):
             raise ExportError(f"PEFT gives {name} rank {layer.r['default']}, not {len(ours.A)}")
         expected = ours.B * ours.scale if fold_scale else ours.B

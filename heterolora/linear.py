@@ -54,9 +54,34 @@ class _SharedProduct(torch.autograd.Function):
         return for_source, *torch.split(joined, [len(weight) for weight in weights])
 
 
+def reads(source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``source W^T`` ``[..., narrow]``, of vectors ``[..., in]`` or of ids ``[...]``, which stand for unit vectors.
+
+    Args:
+        source: numbers, or whole numbers from 0 to in - 1.
+        weight: ``[narrow, in]``.
+    """
+    if source.is_floating_point():
+        return functional.linear(source, weight)
+    return functional.embedding(source, weight.T)
+
+
+def outer(left: torch.Tensor, source: torch.Tensor, width: int) -> torch.Tensor:
+    """``left^T source`` ``[narrow, in]`` summed over rows, of vectors ``[rows, in]`` or of ids ``[rows]``.
+
+    Args:
+        left: ``[rows, narrow]``.
+        source: as for ``reads``.
+        width: in.
+    """
+    if source.is_floating_point():
+        return left.T @ source
+    return left.new_zeros(width, left.shape[1]).index_add_(0, source, left).T
+
+
 @torch.no_grad()
 def frozen_weight(module: nn.Module) -> torch.Tensor:
-    """The dense weight ``[out, in]`` of a linear layer of any make.
+    """The dense weight ``[out, in]`` of a linear layer of any make, or of an embedding, whose table is ``[in, out]``.
 
     ``nn.Linear`` and ``Conv1D`` hold it (the latter transposed), which one product confirms; from any other layer it is
     read off as its answer to the unit vectors, less its answer to zero, so that quantised, wrapped or scaled ones need
@@ -65,6 +90,8 @@ def frozen_weight(module: nn.Module) -> torch.Tensor:
     Raises:
         TypeError: if the module is no linear layer.
     """
+    if isinstance(module, nn.Embedding):
+        return module.weight.detach().T
     width = features(module)
     if width is None:
         raise TypeError(f"{type(module).__name__} is no linear layer")

@@ -143,7 +143,7 @@ def _fold(plain: nn.Module, adapters: Mapping[str, Any]) -> None:
             raise SettingError("RUN", path, f"its weight is that of {sorted(owners - {path})}, too")
         precise = torch.promote_types(weight.dtype, torch.float32)
         delta = adapter.delta_weight().to(precise)
-        folded = weight.to(precise) + (delta.T if hasattr(module, "nx") else delta)
+        folded = weight.to(precise) + (delta.T if hasattr(module, "nx") or isinstance(module, nn.Embedding) else delta)
         if not torch.isfinite(folded).all():
             raise SettingError("RUN", path, "its weight is not finite after folding")
         module.weight = nn.Parameter(folded, requires_grad=False)

@@ -1,7 +1,7 @@
 """The tensors of a PEFT adapter: read as factors by module, and written from adapters of ours."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,12 +23,14 @@ class Factors:
         B: ``[out, rank]``.
         scale: factor of the product.
         lengths: ``[out]``, those of the new weight's rows; None: the map is the product (DoRA's is not).
+        lookup: whether it acts on ids, at an embedding.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scale: float
     lengths: torch.Tensor | None = None
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def peft_tensors(
     """
     tensors = {}
     for module, factors in modules.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = factors.A
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = factors.B * factors.scale if fold_scale else factors.B
+        for factor, value in (("A", factors.A), ("B", factors.B * factors.scale if fold_scale else factors.B)):
+            end = f"lora_embedding_{factor}" if factors.lookup else f"lora_{factor}.weight"
+            tensors[f"{PREFIX}{module}.{end}"] = value
         if factors.lengths is not None:
             tensors[f"{PREFIX}{module}.lora_magnitude_vector"] = factors.lengths
     tensors |= {f"{PREFIX}{name}": value for name, value in saved.items()}
@@ -88,7 +91,7 @@ def read_adapter(folder: Path, setting: str) -> PeftAdapter:
     except (OSError, SafetensorError) as error:
         raise SettingError(setting, path, f"cannot be read ({error})") from error
     factors: dict[str, dict[str, torch.Tensor]] = {}
-    saved = {}
+    saved, lookups = {}, set()
     for name, value in tensors.items():
         if not name.startswith(PREFIX):
             raise SettingError(setting, path, f"holds {name}, but names of PEFT begin with {PREFIX}")
@@ -97,9 +100,15 @@ def read_adapter(folder: Path, setting: str) -> PeftAdapter:
             saved[module] = value
         elif end.removesuffix(".weight") in ("A", "B", "E"):
             factors.setdefault(module, {})[end[0]] = value
+        elif end in ("embedding_A", "embedding_B"):
+            factors.setdefault(module, {})[end[-1]] = value
+            lookups.add(module)
         else:
-            raise SettingError(setting, path, f"holds {name}, which is no factor of a linear layer's LoRA")
+            raise SettingError(
+                setting, path, f"holds {name}, which is no factor of a linear layer's LoRA, or of an embedding's"
+            )
     modules = {module: _factors(found, config, module, path, setting) for module, found in factors.items()}
+    modules |= {module: replace(modules[module], lookup=True) for module in lookups}
     return PeftAdapter(config, {module: found for module, found in modules.items() if len(found.A)}, saved)
 
 

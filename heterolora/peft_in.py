@@ -4,6 +4,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def from_peft(
     place = Path(folder).expanduser()
     adapter, rest = _read(place, backbone, setting)
     if space is None:
-        space = _space_for(survey(backbone.model, backbone.layout), rest, setting, place)
+        space = _space_for(survey(backbone.model, backbone.layout), adapter, rest, setting, place)
     maps = _by_site(adapter, rest, space, place, setting)
     if not maps and adapter is not None:
         raise SettingError(setting, place, "holds no adapter of any rank")
@@ -92,7 +93,25 @@ def _read(place: Path, backbone: Backbone, setting: str) -> tuple[PeftAdapter | 
     rest = read_rest(place, setting)
     if rest is not None and rest.fingerprint != backbone.fingerprint:
         raise SettingError(setting, place, f"{NOTES} says that it belongs to other backbone weights")
-    return read_adapter(place, setting) if rest is None or (place / CONFIG).exists() else None, rest
+    if rest is not None and not (place / CONFIG).exists():
+        return None, rest
+    return _without_tables(read_adapter(place, setting), backbone, place, setting), rest
+
+
+def _without_tables(adapter: PeftAdapter, backbone: Backbone, place: Path, setting: str) -> PeftAdapter:
+    """PEFT stores the frozen table of an embedding that it adapts, too; it must be ours.
+
+    Raises:
+        SettingError: if it is another.
+    """
+    saved = dict(adapter.saved)
+    for module in (module for module, factors in adapter.modules.items() if factors.lookup):
+        for name in (f"{module}.base_layer.weight", f"{module}.weight"):
+            if (table := saved.pop(name, None)) is not None:
+                own = dict(backbone.model.named_parameters()).get(f"{module}.weight")
+                if own is None or table.shape != own.shape or not torch.equal(table.to(own), own):
+                    raise SettingError(setting, place, f"stores another table at {module} than this backbone has")
+    return replace(adapter, saved=saved)
 
 
 def _saved(adapter: PeftAdapter | None, rest: Rest | None) -> dict[str, torch.Tensor]:
@@ -152,8 +171,9 @@ def merged_backbone(folder: Path, node: Mapping[str, Any], outputs: int) -> Back
     return settings.load(outputs, 0)
 
 
-def _space_for(found: Survey, rest: Rest | None, setting: str, place: Path) -> Space:
-    include = ["lora"] + (["shortcut"] if rest is not None and rest.sites else [])
+def _space_for(found: Survey, adapter: PeftAdapter | None, rest: Rest | None, setting: str, place: Path) -> Space:
+    words = adapter is not None and any(factors.lookup for factors in adapter.modules.values())
+    include = ["lora"] + (["embed"] if words else []) + (["shortcut"] if rest is not None and rest.sites else [])
     spans = list(rest.spans) if rest is not None else []
     try:
         return SearchSpace(include, [], None, spans, rest is not None and rest.renorm, "kind").resolve(found)

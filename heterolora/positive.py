@@ -40,6 +40,10 @@ def flows(model: AdaptedModel, sites: Sequence[Site]) -> dict[str, list[Flow]]:
         raise SettingError(
             "proxy", "synflow", f"needs a model of one known stack of blocks, {model.space.survey.model_type} is none"
         )
+    if ids := [site.name for site in sites if site.lookup]:
+        raise SettingError(
+            "proxy", "synflow", f"starts above the embedding, so {ids[0]} has no flow; exclude role embed"
+        )
     found: dict[str, list[Flow]] = {site.name: [] for site in sites}
 
     def keep(site: Site, source: torch.Tensor, gradient: torch.Tensor | None) -> None:

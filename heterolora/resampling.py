@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from heterolora.linear import reads
 from heterolora.proxies.base import Proxy, leading
 from heterolora.proxies.evidence import Bench, Evidence, Observation, Statistic, Values, add
 from heterolora.seeds import derive
@@ -139,12 +140,15 @@ class BatchValues:
         self._file.close()
 
     def _projected(self, seen: Observation) -> Observation:
-        gradient = None if seen.gradient is None else seen.gradient @ self._projection(seen.gradient)
-        return replace(seen, source=seen.source @ self._projection(seen.source), gradient=gradient)
+        gradient = (
+            None if seen.gradient is None else seen.gradient @ self._projection(seen.gradient, seen.gradient.shape[-1])
+        )
+        like = seen.source if seen.gradient is None else seen.gradient
+        source = reads(seen.source, self._projection(like, seen.width or seen.source.shape[-1]).T)
+        return replace(seen, source=source, gradient=gradient, width=source.shape[-1])
 
-    def _projection(self, like: torch.Tensor) -> torch.Tensor:
+    def _projection(self, like: torch.Tensor, width: int) -> torch.Tensor:
         """``[width, dimensions]``; none where the width is small anyway."""
-        width = like.shape[-1]
         if width not in self._projections:
             generator = torch.Generator().manual_seed(derive(self.seed, "projection", width))
             drawn = torch.randn(width, DIMENSIONS, generator=generator, dtype=torch.float64) / DIMENSIONS**0.5

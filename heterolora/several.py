@@ -21,6 +21,7 @@ from heterolora.backbone import Backbone, fingerprint, outside_base
 from heterolora.errors import SettingError
 from heterolora.export import head_modules
 from heterolora.layouts import Layout
+from heterolora.linear import reads
 from heterolora.loading import run_files
 from heterolora.model import AdaptedModel, carries_adapters
 from heterolora.peft_config import CONFIG, NOTES
@@ -429,7 +430,7 @@ class _PerSample(nn.Module):
 
     def _by_sample(self, x: torch.Tensor, call: _Call) -> torch.Tensor:
         """``[samples, tokens, in]``."""
-        if x.dim() > 2 and len(x) == call.samples:
+        if len(x) == call.samples and (x.dim() > 2 or not x.is_floating_point()):
             return x
         if x.dim() == 2 and len(x) == call.samples * call.tokens:
             return x.reshape(call.samples, call.tokens, -1)
@@ -450,6 +451,9 @@ class _PerSample(nn.Module):
             downs[place, : len(pair[0])], ups[place, :, : len(pair[0])] = pair[0], pair[1] * adapter.scale
             which[call.rows.get(name, [])] = place
         which = which.to(x.device)
-        inner = x.to(downs.dtype).flatten(1, -2)
-        narrow = torch.bmm(inner, downs[which].mT)
+        if x.is_floating_point():
+            narrow = torch.bmm(x.to(downs.dtype).flatten(1, -2), downs[which].mT)
+        else:  # ids; a factor is as long as the vocabulary, and is not copied for each sample
+            narrow = torch.stack([reads(ids, downs[place]) for ids, place in zip(x, which.tolist(), strict=True)])
+            x = x.unsqueeze(-1)
         return torch.bmm(narrow, ups[which].mT).reshape(*x.shape[:-1], -1)

@@ -10,6 +10,13 @@ Kind: TypeAlias = Literal["lora", "shortcut"]
 FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 """Roles that one linear layer plays at once, in the backbones that compute them together."""
 
+LOOKUPS = frozenset({"embed"})
+"""Roles of sites that read ids, the rows of a table, and so stand for ``x`` = one-hot vectors, which nobody makes.
+
+Ids are far more than features are, and so is what a unit of rank costs: such a site takes part in a search space only
+where a rule names its role.
+"""
+
 SIDE_BY_SIDE = (("q", "k", "v"), ("gate", "up"), ("cross_k", "cross_v"))
 """Roles of layers that, in most blocks, are given the same input."""
 
@@ -70,6 +77,14 @@ class Site:
         if isinstance(self.source, Tap) and isinstance(self.sink, Tap):
             return self.sink.index - self.source.index
         return None
+
+    @property
+    def lookup(self) -> bool:
+        """Whether the source holds ids ``[...]``, from 0 to ``in_features`` - 1, in place of vectors ``[..., in]``.
+
+        Such a site comes before all blocks, whose count starts at its layer, 0.
+        """
+        return self.role in LOOKUPS
 
     @property
     def entry(self) -> int:

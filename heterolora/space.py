@@ -1,5 +1,6 @@
 """The search space: which sites of a backbone take part."""
 
+import logging
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,8 @@ from heterolora.errors import SettingError
 from heterolora.layouts import HookPoint, Junction, Layout, Stack, find_layouts, mismatch
 from heterolora.linear import features
 from heterolora.sites import Port, Site, Tap, site_name
+
+_log = logging.getLogger(__name__)
 
 _KEYS = ("kind", "role", "layer", "span", "stream")
 
@@ -26,6 +29,8 @@ class Survey:
         widths: width of each residual stream.
         parameters: parameters of the backbone, without the task's head.
         no_shortcuts: why the backbone can have no shortcuts; None: it can.
+        embeddings: the word embedding of each stack, LoRA sites beside those; no budget is counted by them.
+        tied: path of an output layer that shares its table; None: there is none.
     """
 
     model_type: str
@@ -34,6 +39,8 @@ class Survey:
     widths: Mapping[str, int]
     parameters: int
     no_shortcuts: str | None
+    embeddings: tuple[Site, ...] = ()
+    tied: str | None = None
 
     def shortcut_sites(self, spans: Sequence[int]) -> tuple[Site, ...]:
         """Every shortcut of the given spans, none of them between two streams; empty where there can be none."""
@@ -106,6 +113,8 @@ def survey(backbone: nn.Module, layout: Layout | None = None) -> Survey:
         {stack.stream: _stream_width(sites, stack) for stack in stacks},
         sum(parameter.numel() for parameter in base.parameters()),
         _no_shortcuts(model_type, layouts, config),
+        _embeddings(backbone, stacks),
+        _tied(backbone),
     )
 
 
@@ -116,6 +125,36 @@ def _no_shortcuts(model_type: str, layouts: Sequence[Layout], config: Any) -> st
         if wrong := mismatch(entry.shortcuts_require, config):
             return f"with {wrong} this backbone can have no shortcuts, they need {dict(entry.shortcuts_require)}"
     return None
+
+
+def _embeddings(backbone: Any, stacks: Sequence[Stack]) -> tuple[Site, ...]:
+    """The word embedding, if its answer is the rows of its table and nothing else (gemma scales them).
+
+    Where each stack has a module of its own that shares the table (t5), each of them is a site.
+    """
+    table = getattr(backbone, "get_input_embeddings", lambda: None)()
+    if not isinstance(table, nn.Embedding) or type(table).forward is not nn.Embedding.forward or table.max_norm:
+        return ()
+    paths = [
+        path
+        for path, module in backbone.named_modules()
+        if isinstance(module, nn.Embedding) and module.weight is table.weight
+    ]
+    widths, sites = (table.num_embeddings, table.embedding_dim), []
+    for stack in stacks:
+        inside = [path for path in paths if path.startswith(f"{stack.root}.")]
+        if path := next(iter(inside or (paths if len(stacks) == 1 else ())), None):
+            name = site_name(stack.stream, 0, "embed")
+            sites.append(Site(name, "lora", "embed", 0, Port(path, "in"), Port(path, "out"), *widths, stack.stream))
+    return tuple(sites)
+
+
+def _tied(backbone: Any) -> str | None:
+    """Path of an output layer that shares its weight with the word embedding."""
+    table, last = (getattr(backbone, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output"))
+    if table is None or last is None or getattr(last, "weight", None) is not table.weight:
+        return None
+    return next((name for name, module in backbone.named_modules() if module is last), None)
 
 
 def _present(base: nn.Module, layouts: Sequence[Layout]) -> list[Layout]:
@@ -247,7 +286,8 @@ class SearchSpace:
 
     A rule is a role or a kind (``q``, ``shortcut_attn``, ``lora``, ``shortcut``), or a mapping with some of the keys
     ``kind``, ``role``, ``layer``, ``span``, ``stream``, each one value or a list of values; layers may count from the
-    end (-1). A fused layer matches the roles that it plays: ``q`` means ``qkv`` where there is no q of its own.
+    end (-1). A fused layer matches the roles that it plays: ``q`` means ``qkv`` where there is no q of its own. The
+    word embedding (``embed``, layer 0) takes part only where a rule of ``include`` names its role.
 
     Args:
         include: a site takes part if one of these rules matches it.
@@ -277,7 +317,7 @@ class SearchSpace:
         for span in self.spans:
             if not 1 <= span <= longest:
                 raise SettingError("search_space.spans", list(self.spans), f"spans from 1 to {longest} exist")
-        everything = (*found.lora_sites, *found.shortcut_sites(sorted(set(self.spans))))
+        everything = (*found.embeddings, *found.lora_sites, *found.shortcut_sites(sorted(set(self.spans))))
         in_layers = self._in_layers(everything, found)
         chosen = self._matching("include", self.include, in_layers, found)
         dropped = self._matching("exclude", self.exclude, in_layers, found)
@@ -291,6 +331,14 @@ class SearchSpace:
             raise SettingError("search_space.include", list(self.include), "no site is left after exclude")
         if self.renorm:
             self._check_renorm(sites, found)
+        if found.tied is not None and (words := [site.name for site in sites if site.lookup]):
+            _log.warning(
+                "%s is the table of the output layer %s, too: a delta there acts on the inputs alone, and cannot be "
+                "merged%s",
+                words[0],
+                found.tied,
+                "; both are candidates" if any(found.tied in str(site.sink) for site in sites) else "",
+            )
         groups = {site.name: self._group(site) for site in sites}
         return Space(tuple(sites), groups, found, self.renorm)
 
@@ -320,6 +368,8 @@ class SearchSpace:
                 )
             wanted = rule if isinstance(rule, str) else {key: _values(value) for key, value in rule.items()}
             matched = [site for site in sites if _matches(wanted, site, found)]
+            if setting == "include":
+                matched = [site for site in matched if not site.lookup or _names_role(wanted, site)]
             if (part := _unmatched(rule, matched, found)) is not None:
                 raise SettingError(f"search_space.{setting}", part, f"matches no site; {_existing(sites, found)}")
             names.update(site.name for site in matched)
@@ -369,6 +419,11 @@ def _matches(rule: str | Mapping[str, frozenset[Any]], site: Site, found: Survey
     if isinstance(rule, str):
         return rule in (*site.roles, site.kind)
     return all(not values.isdisjoint(_has(site, key, found)) for key, values in rule.items())
+
+
+def _names_role(rule: str | Mapping[str, frozenset[Any]], site: Site) -> bool:
+    """Whether a rule that matches says the site's role."""
+    return rule == site.role if isinstance(rule, str) else "role" in rule
 
 
 def _is_layer(site: Site, layers: Collection[int], found: Survey) -> bool:

@@ -113,6 +113,8 @@ class DoRA(Scaling):
         return Decomposed(a, b, None, self._weight(site, around), self.scale_at(site, rank), 0.0)
 
     def _weight(self, site: Site, around: Surroundings) -> Any:
+        if site.lookup:
+            raise SettingError("adapter", "dora", f"multiplies vectors, {site.name} reads ids; exclude it (role embed)")
         if around.weight(site.name) is None:
             raise SettingError("adapter", "dora", f"no frozen weight acts at {site.name}; use search_space=lora_all")
         return partial(around.weight, site.name)

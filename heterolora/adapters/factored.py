@@ -8,10 +8,13 @@ from torch import nn
 from torch.nn import functional
 
 from heterolora.adapters.base import Tensors
+from heterolora.linear import reads
 
 
 class Factored(nn.Module):
     """The map ``x -> scale * last middle(first dropout(x))``; a subclass says what the three are.
+
+    Where ids are read, x is the unit vector of each, and dropout drops whole ids: the rest of the vector is 0 anyway.
 
     Args:
         scale: factor of the product.
@@ -63,12 +66,21 @@ class Factored(nn.Module):
         return self.scale * (up.to(precise) @ down.to(precise))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The delta, ``[..., in] -> [..., out]``, in the factors' dtype (under autocast: in its dtype)."""
+        """The delta, ``[..., in] -> [..., out]``, in the factors' dtype (under autocast: in its dtype).
+
+        Args:
+            x: ``[..., in]``, or ids ``[...]``.
+        """
         first = self.first
-        x = x.to(first.dtype)
-        if self.dropout and self.training:
+        ids = not x.is_floating_point()
+        x = x if ids else x.to(first.dtype)
+        drops = self.dropout and self.training
+        if drops and not ids:
             x = functional.dropout(x, self.dropout)
-        narrow = self.middle(functional.linear(x, first))
+        narrow = reads(x, first)
+        if drops and ids:
+            narrow = narrow * functional.dropout(narrow.new_ones(*x.shape, 1), self.dropout)
+        narrow = self.middle(narrow)
         if torch.is_autocast_enabled(x.device.type) or not _plain():
             return functional.linear(narrow * self.scale, self.last)
         return _widened(None, narrow, self.last, self.scale)

@@ -147,6 +147,7 @@ class Trial:
         self.blocks = 0
         sites = {site.name: site for site in bench.model.space.sites if site.name in gated}
         self.layers = {name: site.layer for name, site in sorted(sites.items(), key=lambda item: item[1].layer)}
+        self._below = {name for name, site in sites.items() if site.lookup}  # before the first block
         self.reason = no_prefix(bench.model)
         stacks = bench.model.space.survey.stacks.values()
         self._depth = max((len(stack.blocks) for stack in stacks), default=1)
@@ -178,7 +179,8 @@ class Trial:
                 gate = self.gated[name]
                 gate.gate = gates[name]
                 try:
-                    outputs[name].append(self._run(batch, None if self.reason else self.layers[name]))
+                    whole = self.reason is not None or name in self._below
+                    outputs[name].append(self._run(batch, None if whole else self.layers[name]))
                 finally:
                     gate.gate = 1.0
         return {name: self.measure.value(found, self.bench.batches) for name, found in outputs.items()}

@@ -14,6 +14,7 @@ import torch
 
 from heterolora.adapters.base import Adapter, plain_factors, pulled_back
 from heterolora.errors import SettingError
+from heterolora.linear import outer, reads
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.processes import ALONE, Processes
 from heterolora.sites import Site
@@ -43,11 +44,12 @@ class Observation:
 
     Attributes:
         adapter: the probe's factors at the site.
-        source: what the site reads, ``[tokens, in]``.
+        source: what the site reads, ``[tokens, in]``; where it reads ids, those, ``[tokens]``.
         gradient: the loss gradient at its sink, ``[tokens, out]``; None in a pass without a backward.
         real: which rows are tokens and no padding, ``[tokens]``; None if the rows are no tokens of the batch (deberta
             sends its table of relative positions through the same layers).
         find_weight: gives the frozen weight that acts at the site, ``[out, in]``, or None where nothing does.
+        width: in.
     """
 
     adapter: Adapter
@@ -55,6 +57,12 @@ class Observation:
     gradient: torch.Tensor | None
     real: torch.Tensor | None
     find_weight: Callable[[], torch.Tensor | None]
+    width: int = 0
+
+    @property
+    def map_gradient(self) -> torch.Tensor:
+        """G, ``[out, in]``."""
+        return outer(self.flow, self.source, self.width or self.source.shape[-1])
 
     @property
     def flow(self) -> torch.Tensor:
@@ -69,9 +77,10 @@ class Observation:
         Without forming G: the two factors' gradients are such products, and what is trained follows from these.
         """
         factors = plain_factors(self.adapter)
-        down, up = (factor.to(self.source.dtype) for factor in factors)
         scale, gradient = self.adapter.scale, self.flow
-        of_down, of_up = scale * (gradient @ up).T @ self.source, scale * gradient.T @ (self.source @ down.T)
+        down, up = (factor.to(gradient.dtype) for factor in factors)
+        of_down = outer(scale * (gradient @ up), self.source, down.shape[1])
+        of_up = scale * gradient.T @ reads(self.source, down)
         return pulled_back(self.adapter, *factors, of_down, of_up)
 
 
@@ -82,10 +91,12 @@ class Statistic(Protocol):
         needs_gradient: whether a forward pass alone would not do.
         by_batch: whether the values of each single batch can be kept: ``exact``, since they are few; ``projected``: of
             sources and gradients that were projected to few dimensions; or ``never``.
+        takes_ids: whether sources may be ids, too; sites that read ids are refused otherwise.
     """
 
     needs_gradient: bool = True
     by_batch: ByBatch = "never"
+    takes_ids: bool = False
 
     def observe(self, seen: Observation) -> Values | None:
         """One call's contribution, summed over the calls of a batch; None: this call has none."""
@@ -104,6 +115,7 @@ class FactorGradients(Statistic):
     """Of every trained tensor of the adapter that stands, or would stand, at the site: ``g_A``, ``g_B`` of LoRA."""
 
     by_batch = "exact"
+    takes_ids = True
 
     def observe(self, seen: Observation) -> Values:
         """A copy, for it may be written to."""
@@ -115,6 +127,7 @@ class SquaredFactorGradients(Statistic):
     """The squares of each batch's gradients of the trained tensors, entry by entry."""
 
     by_batch = "exact"
+    takes_ids = True
 
     def observe(self, seen: Observation) -> Values:
         """The gradients; a batch's are complete only after all calls."""
@@ -130,10 +143,11 @@ class MapGradient(Statistic):
     """G itself, ``[out, in]``."""
 
     by_batch = "projected"
+    takes_ids = True
 
     def observe(self, seen: Observation) -> Values:
         """The call's G."""
-        return (seen.flow.T @ seen.source,)
+        return (seen.map_gradient,)
 
     def numbers(self, site: Site) -> int:
         """A matrix."""
@@ -145,12 +159,13 @@ class TokenMapGradient(Statistic):
     """The part of G that comes from real tokens, ``[out, in]``: what moments over tokens can be set against."""
 
     by_batch = "projected"
+    takes_ids = True
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens."""
         if seen.real is None:
             return None
-        return (seen.flow[seen.real].T @ seen.source[seen.real],)
+        return (outer(seen.flow[seen.real], seen.source[seen.real], seen.width or seen.source.shape[-1]),)
 
     def numbers(self, site: Site) -> int:
         """A matrix."""
@@ -181,6 +196,7 @@ class GradientMoment(Statistic):
     """``sum d d^T`` ``[out, out]`` over the gradients at the sink at real tokens, in float64."""
 
     by_batch = "projected"
+    takes_ids = True
 
     def observe(self, seen: Observation) -> Values | None:
         """Nothing of rows that are no tokens."""
@@ -345,6 +361,7 @@ def gather(
         FloatingPointError: if the loss is not finite.
     """
     wanted = tuple(dict.fromkeys(statistics))
+    _check_ids(wanted, [site.name for name in adapters if (site := bench.model.site(name)).lookup])
     divided = len(bench.batches) >= bench.processes.size
     numbered = list(enumerate(bench.batches))
     mine = bench.processes.mine(numbered) if divided else numbered  # too few batches: every process looks at all
@@ -361,10 +378,11 @@ def gather(
         adapter = adapters[site.name]
         seen = Observation(
             adapter,
-            source.reshape(-1, site.in_features).to(dtype),
+            source.reshape(-1) if site.lookup else source.reshape(-1, site.in_features).to(dtype),
             None if gradient is None else gradient.reshape(-1, site.out_features).to(dtype),
             _real_rows(source, tokens),
             partial(bench.model.frozen_weight, site.name),
+            site.in_features,
         )
         for statistic in wanted:
             if (values := statistic.observe(seen)) is not None:
@@ -401,6 +419,17 @@ def gather(
         _join(sums, bench.processes)
     _scale(sums, bench.share)
     return sums
+
+
+def _check_ids(statistics: Iterable[Statistic], names: Sequence[str]) -> None:
+    """Refuse statistics of vectors for sites that read ids."""
+    if names and (wrong := [type(each).__name__ for each in statistics if not each.takes_ids]):
+        raise SettingError(
+            "proxy",
+            wrong[0],
+            f"is computed from vectors, and {names[0]} reads ids: vectors as long as the vocabulary; "
+            "use proxy=spectral, or exclude the role embed",
+        )
 
 
 def _settle(
@@ -454,6 +483,8 @@ def _tokens(batch: Batch) -> torch.Tensor | None:
 
 def _real_rows(source: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor | None:
     """Which rows of a source are real tokens, if they are tokens at all."""
+    if not source.is_floating_point():  # ids, not vectors
+        source = source.unsqueeze(-1)
     rows = source.reshape(-1, source.shape[-1]).shape[0]
     if tokens is None:
         return torch.ones(rows, dtype=torch.bool, device=source.device)

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear
 
 from heterolora.adapters.base import Adapter, plain_factors
+from heterolora.linear import reads
 from heterolora.model import adapter_dtype
 from heterolora.proxies.base import NO_GRADIENT
 from heterolora.proxies.evidence import Evidence, FactorGradients, Statistic, Values
@@ -57,7 +58,7 @@ class _Bent(nn.Module):
 
 
 def _through(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return linear(linear(x.to(down.dtype), down), up)
+    return linear(reads(x.to(down.dtype) if x.is_floating_point() else x, down), up)
 
 
 def _curvatures(evidence: Evidence, gradients: Mapping[str, Values]) -> dict[str, float]:
