@@ -158,7 +158,7 @@ def test_a_process_that_is_ended_from_outside_loses_its_own_run_only(tmp_path, m
     monkeypatch.setenv("EXIT_ONCE", str(trap))
     good = cell("allocator=uniform", "budget=qv_r2", "seed=0")
     bad = cell("allocator=uniform", "budget=qv_r2", "seed=1", group="killed")
-    bad.config["allocator"]["_target_"] = "tests.test_farm.Exit"
+    bad.config["allocator"] = {"_target_": "tests.test_farm.Exit"}
     with pytest.raises(ProcessLostError, match="killed-s1"):
         run_cells([good, bad], tmp_path / "rows", workers=1, keep=False)
     assert [one.key for one in pending([good, bad], tmp_path / "rows")] == [bad.key]
