@@ -24,7 +24,18 @@ from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel, adapter_dtype
 from heterolora.processes import ALONE, Processes
 from heterolora.proxies.base import Proxy, Score, check_scores, check_weights, looks_at_batches, needs_trained
-from heterolora.proxies.evidence import Batch, Bench, Evidence, Loss, Measure, Statistic, Track, Values, gather
+from heterolora.proxies.evidence import (
+    Batch,
+    Bench,
+    Evidence,
+    Loss,
+    Measure,
+    Statistic,
+    Track,
+    Values,
+    check_ids,
+    gather,
+)
 from heterolora.report.memory import kept_mib
 from heterolora.resampling import BatchValues, Resampled, Resampling, can_be_resampled, resampled_scores
 from heterolora.scratch import ScratchValues
@@ -375,6 +386,7 @@ def score_all(
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps: a pass is not worth a compilation
     sites = model.space.sites
     for name, proxy in proxies.items():
+        check_ids("proxy", name, proxy.statistics, sites)
         if getattr(proxy, "needs_weights", False):
             check_weights(name, [site.name for site in sites if model.frozen_weight(site.name) is None])
     check_trained(proxies, probe, model)

@@ -432,8 +432,9 @@ def _is_layer(site: Site, layers: Collection[int], found: Survey) -> bool:
 
 
 def _existing(sites: Sequence[Site], found: Survey) -> str:
+    in_order = sorted(sites, key=lambda site: site.lookup)  # what takes part only by its name is said last
     roles = {
-        kind: list(dict.fromkeys(site.role for site in sites if site.kind == kind)) for kind in ("lora", "shortcut")
+        kind: list(dict.fromkeys(site.role for site in in_order if site.kind == kind)) for kind in ("lora", "shortcut")
     }
     text = f"roles of kind lora: {roles['lora']}, of kind shortcut: {roles['shortcut']}"
     text += (

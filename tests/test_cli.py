@@ -180,6 +180,23 @@ def test_an_experiment_overrides_what_the_config_itself_says(tmp_path):
     assert config["proxy"]["_target_"] == "heterolora.proxies.snip.Snip"
 
 
+@pytest.mark.parametrize("flag", [[], ["-m"]], ids=str)
+def test_the_ladder_is_a_sweep_over_its_rungs_with_a_table(tmp_path, flag):
+    """It needs no flag: its rungs are options of the sweeper."""
+    small = ["budget=params", "budget.value=6000", "trainer.max_steps=1"]  # tiny_bert has a short table
+    done = command("experiment=ladder", *TINY, *small, f"outputs={tmp_path}", *flag)
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.glob("multirun/*")
+    table = pd.read_csv(folder / "table.csv")
+    rungs = ["attention", "embeddings", "feed_forward", "everything"]
+    assert [group.removeprefix("search_space=lora_") for group in table["group"]] == rungs
+    sites = []
+    for path in sorted(folder.glob("*/allocation.json")):
+        ranks = json.loads(path.read_text())["ranks"]
+        sites.append({name.split(".")[1] for name, rank in ranks.items() if rank})
+    assert sites == [set("qkvo"), {"embed"}, {"up", "down"}, {*"qkvo", "embed", "up", "down"}]
+
+
 @pytest.mark.slow
 def test_own_files_are_trained_on_and_predicted_from_the_command_line(tmp_path):
     """As in docs/tasks.md: a CSV, a run, and its predictions for new text."""

@@ -32,6 +32,9 @@ SELECTS = {  # option: what its name says
     "lora_all": lambda site: site.kind == "lora",
     "shortcuts": lambda site: site.kind == "shortcut",
     "lora_qv_shortcuts": lambda site: site.kind == "shortcut" or site.role in ("q", "v", "qkv"),
+    "lora_embeddings": lambda site: site.role == "embed",
+    "lora_feed_forward": lambda site: site.kind == "lora" and site.role not in ("q", "k", "v", "o", "qkv", "embed"),
+    "lora_everything": lambda site: site.kind == "lora",
     "lor2c": lambda site: (site.role == "shortcut_attn" and site.span in (2, 4)) or site.role in ("q", "v", "qkv"),
 }
 
@@ -109,8 +112,15 @@ def test_every_option_has_a_line_in_the_table():
 def test_every_option_selects_what_its_name_says(architecture, path):
     node = yaml.safe_load(path.read_text())
     spans = sorted({1, 2, *node["spans"]})
-    everything = [*surveyed(architecture).lora_sites, *surveyed(architecture).shortcut_sites(spans)]
-    space = build(node, "search_space").resolve(surveyed(architecture))
+    found = surveyed(architecture)
+    words = found.embeddings if path.stem in ("lora_embeddings", "lora_everything") else ()
+    everything = [*words, *found.lora_sites, *found.shortcut_sites(spans)]
+    space = build(node, "search_space")
+    if path.stem in ("lora_embeddings", "lora_everything") and not words:  # gemma scales what it looks up
+        with pytest.raises(SettingError, match="embed"):
+            space.resolve(found)
+        return
+    space = space.resolve(found)
     assert set(names(space)) == {site.name for site in everything if SELECTS[path.stem](site)}
     assert not space.renorm
 
@@ -454,7 +464,7 @@ def test_a_rule_that_matches_nothing_is_refused_with_what_there_is(setting, rule
     with pytest.raises(SettingError) as caught:
         select(surveyed("bert"), **rules)
     assert (caught.value.setting, caught.value.given) == (f"search_space.{setting}", rule)
-    assert "lora: ['q', 'k', 'v', 'o', 'up', 'down']" in caught.value.possible
+    assert "lora: ['q', 'k', 'v', 'o', 'up', 'down', 'embed']" in caught.value.possible
     assert "'residual_attn', 'residual_ffn', 'shortcut_attn', 'shortcut_ffn'" in caught.value.possible
     assert "layers [0, 1, 2], spans [1, 2]" in caught.value.possible
 

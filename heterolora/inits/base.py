@@ -10,7 +10,7 @@ from heterolora.adapters.lora import LoRA, LowRank
 from heterolora.errors import SettingError
 from heterolora.model import AdaptedModel
 from heterolora.processes import ALONE, Processes
-from heterolora.proxies.evidence import Batch, Bench, Loss, Statistic, Track, Values, gather
+from heterolora.proxies.evidence import Batch, Bench, Loss, Statistic, Track, Values, check_ids, gather
 from heterolora.scoring import Probe, needs_head, untouched
 from heterolora.sites import Site
 from heterolora.warmup import warm_up_head
@@ -67,9 +67,10 @@ def initialise(
         processes: all that do so, each with the same model and batches.
 
     Raises:
-        SettingError: if the adapters are no LoRA.
+        SettingError: if the adapters are no LoRA, or a site reads ids and the initialisation needs vectors.
     """
     check_lora(model.family, init)
+    check_ids("init", type(init).__name__, init.statistics, map(model.site, model.held))
     adapters: dict[str, Any] = {name: model.adapter(name) for name in model.held}
     bench = Bench(model, batches, loss, live=False, reduction="mean", track=track, processes=processes)
     with untouched(model), torch.enable_grad(), torch.compiler.set_stance("force_eager"):

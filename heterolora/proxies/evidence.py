@@ -361,7 +361,6 @@ def gather(
         FloatingPointError: if the loss is not finite.
     """
     wanted = tuple(dict.fromkeys(statistics))
-    _check_ids(wanted, [site.name for name in adapters if (site := bench.model.site(name)).lookup])
     divided = len(bench.batches) >= bench.processes.size
     numbered = list(enumerate(bench.batches))
     mine = bench.processes.mine(numbered) if divided else numbered  # too few batches: every process looks at all
@@ -421,14 +420,23 @@ def gather(
     return sums
 
 
-def _check_ids(statistics: Iterable[Statistic], names: Sequence[str]) -> None:
-    """Refuse statistics of vectors for sites that read ids."""
-    if names and (wrong := [type(each).__name__ for each in statistics if not each.takes_ids]):
+def check_ids(setting: str, given: str, statistics: Iterable[Statistic], sites: Iterable[Site]) -> None:
+    """Refuse what is computed from vectors for sites that read ids.
+
+    Args:
+        setting: what chose the statistics.
+        given: its value.
+        statistics: what would be gathered.
+        sites: where.
+
+    Raises:
+        SettingError: naming the first such site.
+    """
+    if all(statistic.takes_ids for statistic in statistics):
+        return
+    for name in (site.name for site in sites if site.lookup):
         raise SettingError(
-            "proxy",
-            wrong[0],
-            f"is computed from vectors, and {names[0]} reads ids: vectors as long as the vocabulary; "
-            "use proxy=spectral, or exclude the role embed",
+            setting, given, f"is computed from vectors, and {name} reads ids; exclude the role embed, or take another"
         )
 
 

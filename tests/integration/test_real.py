@@ -53,6 +53,8 @@ def test_six_jobs_on_two_glue_tasks_make_six_complete_folders(tmp_path, data_roo
         "task=mrpc,rte",
         "proxy=snip,grad_norm,spectral",
         "trainer.max_steps=20",
+        "probe.batches=8",
+        "probe.head_warmup_steps=20",
         f"data.root={data_root}",
     )
     found = summaries(tmp_path)
