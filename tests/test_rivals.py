@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,6 +228,12 @@ def test_gora_keeps_to_its_bounds_and_to_the_budget(data):
     assert set(alike.solve(Shares("root", "nearest", 0.5, 4.0)).ranks.values()) == {5}
 
 
+def test_gora_rounds_down_as_the_authors_do():
+    """``round(b a) // phi``: 8.7 rounds to 9, which three units of 3 are; its quotient alone rounds down to 2."""
+    gains = {"0": [8.7] * 9, "1": [3.3] * 9}  # b = budget where phi is a unit's price, so b a = 8.7 and 3.3
+    assert problem(gains, 12, 3).solve(Shares("identity", "down", 0.0, 4.0)).ranks == {"0": 3, "1": 1}
+
+
 # -- AdaLoRA (6.9) ----------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +248,21 @@ def test_adalora_has_the_authors_cubic_schedule():
     assert (live[9], live[49], live[89]) == (144, 102, 96)
     assert all(after <= before for before, after in pairwise(live))
     assert set(live[89:]) == {96}
+
+
+def test_adalora_cuts_what_grew_back_since_the_last_mask():
+    """With ``every`` above 1, in training that ends before the final phase."""
+    site = site_of("0.q", 9, 6)
+    triplets = SVD("constant", 1.0, 0.0, 0.02).build(site, 3, 0, ALONE)
+    with torch.no_grad():
+        triplets.E.copy_(torch.tensor([1.0, 0.5, 2.0]))
+    kept = {}
+    model = SimpleNamespace(held=["0.q"], held_parameters=48, adapter=lambda name: triplets, install=kept.update)
+    callback = MaskTriplets(adalora(every=10), None, None, None, False)
+    callback.masked = {"0.q": torch.tensor([False, True, False])}
+    callback.finish(SimpleNamespace(model=model, most_held=0, penalty=None))
+    assert kept["0.q"].E.flatten().tolist() == [1.0, 2.0]
+    assert triplets.E.flatten().tolist() == [1.0, 0.0, 2.0]  # so what is cut off did nothing
 
 
 def test_adalora_masks_ties_together_and_nothing_where_nothing_is_due():

@@ -23,7 +23,7 @@ class Shares:
 
     Args:
         phi: ``root`` of in + out (the paper), or ``identity`` (the authors' code, which also rounds down).
-        rounding: ``nearest`` (the paper) or ``down``.
+        rounding: ``nearest`` (the paper) or ``down``, the authors' ``round(b a) // phi``.
         least: smallest rank, as a share of r, rounded down.
         most: largest rank, as a multiple of r, rounded down.
     """
@@ -61,13 +61,14 @@ class Shares:
         widths = {name: math.sqrt(unit) if self.phi == "root" else float(unit) for name, unit in units.items()}
         everywhere = allowed / sum(units[name] for name, values in gains.items() if values)
         wanted = everywhere * sum(widths[name] for name, values in gains.items() if values) / whole
-        ideal = {name: wanted * value / widths[name] for name, value in importance.items()}
+        shares = {name: wanted * value for name, value in importance.items()}
         least, most = math.floor(self.least * everywhere), max(1, math.floor(self.most * everywhere))
 
         def ranks_at(level: float) -> dict[str, int]:
             found = {}
-            for name, value in ideal.items():
-                rank = round(level * value) if self.rounding == "nearest" else math.floor(level * value + 1e-9)
+            for name, share in shares.items():
+                nearest = self.rounding == "nearest"
+                rank = round(level * share / widths[name]) if nearest else int(round(level * share) // widths[name])
                 found[name] = min(max(rank, least), most, len(gains[name]))
             return found
 

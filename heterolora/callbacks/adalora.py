@@ -200,8 +200,13 @@ class MaskTriplets(AllocateRanks):
             self._tell(lit, step, scores)
 
     def finish(self, lit: LitAdapted) -> None:
-        """Cut off what is masked: the function stays, and what is held is what is live."""
+        """Cut off what is masked: what is held is what is live.
+
+        What grew since the last mask (``every`` above 1, and training that was ended before the final phase) is masked
+        first, as it would have been; after the final phase the function stays as it is.
+        """
         lit.penalty = None
+        self._mask(self._triplets(lit))
         lit.most_held = max(lit.most_held, lit.model.held_parameters)
         kept: dict[str, Any] = {}
         for name, adapter in self._triplets(lit).items():
