@@ -72,7 +72,7 @@ def test_six_jobs_on_two_glue_tasks_make_six_complete_folders(tmp_path, data_roo
 
 
 def test_uniform_lora_on_mrpc_learns_the_task(tmp_path, data_root):
-    """The README's reference run, seed 0, three of its four epochs; a majority vote has 66.5 % on the 1,725 sentences."""
+    """The README's reference run, seed 0, three of its four epochs; a majority vote has 66.5 % on the test split."""
     train(
         tmp_path, "task=mrpc", "model=minilm", "search_space=lora_all", "allocator=uniform", "budget=all_r2",
         "adapter.scale=2.0", "adapter.dropout=0", "optimizer.lr=1e-3", "optimizer.weight_decay=0", "data.batch_size=16",
