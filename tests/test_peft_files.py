@@ -163,7 +163,8 @@ FACTORS = {"base_model.model.m.q_proj.lora_A.weight": A, "base_model.model.m.q_p
 DAMAGED = [
     ({"m.q_proj.lora_A.weight": A}, {}, "names of PEFT begin with base_model.model."),
     ({"base_model.model.m.q_proj.lora_A.weight": A}, {}, r"has factors \['A'\]"),
-    ({"base_model.model.m.lora_embedding_A": A}, {}, "no factor of a linear layer's LoRA"),
+    ({"base_model.model.m.lora_embedding_A": A}, {}, r"has factors \['A'\]"),
+    ({"base_model.model.m.lora_embedding_E": A}, {}, "no factor of a linear layer's LoRA, or of an embedding's"),
     ({"base_model.model.m.lora_magnitude_vector.weight": A}, {}, "no factor of a linear layer's LoRA"),
     (FACTORS, {"r": 3}, "has rank 3 in adapter_config.json, but factors"),
 ]
