@@ -58,6 +58,10 @@ class Declared:
     primary: str | None
     tolerance: float
 
+    def order(self, result: Result) -> tuple[bool, bool, str, int]:
+        """Sorts the baseline's runs first and the primary method's next: which run ended first is chance."""
+        return result.group != self.baseline, result.group != self.primary, result.group, result.seed
+
 
 class RowFile:
     """Rows of JSON, one a line, that are appended whole.
@@ -147,7 +151,7 @@ def find_results(folder: Path, *more: Path) -> Found:
         if kind == ROWS:
             name, said = _declaration(path)
             done, open_ones = _from_rows(path / ROWS, name)
-            results += done
+            results += done if said is None else sorted(done, key=said.order)
             unfinished |= open_ones
             declared |= {result.section: said for result in done if said is not None}
             continue

@@ -133,6 +133,14 @@ def declare(folder: Path, name: str, **changes) -> Path:
     return folder
 
 
+def test_a_tournaments_runs_come_by_their_role_and_not_by_which_ended_first(tmp_path):
+    file = RowFile(declare(tmp_path / "one", "one", baseline="b", primary="c") / ROWS)
+    for group, seed in (("a", 1), ("c", 0), ("b", 1), ("a", 0), ("b", 0)):
+        file.append(row(key=f"run-{group}-s{seed}", group=group, seed=seed))
+    found = [(result.group, result.seed) for result in find_results(tmp_path).results]
+    assert found == [("b", 0), ("b", 1), ("c", 0), ("a", 0), ("a", 1)]
+
+
 def test_every_tournament_is_a_section_of_its_own(tmp_path):
     for name in ("one", "two"):
         RowFile(declare(tmp_path / name, name, primary="b") / ROWS).append(row(seed=len(name)))
