@@ -1,4 +1,4 @@
-# make train | test | test-quick | test-slow | tournament-small | allocation-table | proxy-scores
+# make train | test | test-quick | test-slow | slurm-test | tournament-small | allocation-table | proxy-scores
 # make bench | bench-end-to-end | bench-short | crash-test | lint | format | clean
 # settings: VENV, PYTHON, TORCH_INDEX, ARGS
 VENV ?= .venv
@@ -9,20 +9,25 @@ BIN := $(VENV)/bin
 PARALLEL := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-.PHONY: train test test-quick test-slow tournament-small allocation-table proxy-scores bench bench-end-to-end bench-short crash-test lint format clean
+.PHONY: train test test-quick test-slow slurm-test tournament-small allocation-table proxy-scores bench bench-end-to-end bench-short crash-test lint format clean
 
 train: $(VENV)/installed
 	$(BIN)/python train.py $(ARGS)
 
 # Everything but the slow tests; then what takes minutes: real models, processes, servers.
 test: $(VENV)/installed-dev
-	$(PARALLEL) -m "not slow" $(ARGS)
+	$(PARALLEL) -m "not slow and not slurm" $(ARGS)
 
 test-quick: $(VENV)/installed-dev
-	$(PARALLEL) -m "not slow and not medium" $(ARGS)
+	$(PARALLEL) -m "not slow and not slurm and not medium" $(ARGS)
 
 test-slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Debian's SLURM, where it is not installed (needs root); a cluster of one node, sweeps on it, and its end.
+slurm-test: $(VENV)/installed-dev
+	tests/slurm/install
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 # Three methods, three seeds and a control under the rules of docs/protocol.md; it may be stopped and goes on.
 tournament-small: $(VENV)/installed

@@ -3,6 +3,8 @@
 import hydra
 from omegaconf import DictConfig
 
+from heterolora.names import register
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="search")
 def main(cfg: DictConfig) -> None:
@@ -13,4 +15,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    register()
     main()

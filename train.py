@@ -7,6 +7,7 @@ import hydra
 from omegaconf import DictConfig
 
 from heterolora.launch import arguments
+from heterolora.names import register
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -18,5 +19,6 @@ def main(cfg: DictConfig) -> float:
 
 
 if __name__ == "__main__":
+    register()
     sys.argv[1:] = arguments(sys.argv[1:], os.environ)
     main()

@@ -6,13 +6,17 @@ is an older one where the newest turns out to be damaged.
 """
 
 import hashlib
+import logging
 import os
 import pickle
 import random
+import signal
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import lightning as L
 import numpy as np
@@ -21,6 +25,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from heterolora.report.files import write_text, write_whole
+
+_log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 
@@ -52,37 +58,56 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class KeepCheckpoints(Checkpoint):
-    """A checkpoint at the end of each epoch, and every so many optimizer steps.
+    """A checkpoint at the end of each epoch, every so many optimizer steps, and when SIGTERM asks a run to end.
 
     Args:
         folder: the run's.
         every: optimizer steps between checkpoints within an epoch; None: none there.
+        saves_at_end: whether SIGTERM is answered by a checkpoint after the step that is under way; with several
+            processes, which get it at different steps, it ends the run at once.
     """
 
-    def __init__(self, folder: Path, every: int | None) -> None:
+    def __init__(self, folder: Path, every: int | None, saves_at_end: bool) -> None:
         self.folder = folder / FOLDER
         self.every = every
+        self.saves_at_end = saves_at_end and threading.current_thread() is threading.main_thread()
         self._last = -1
+        self._step = -1
+        self._asked_to_end = False
         self._random: Mapping[str, Any] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A resumed run goes on with the random numbers; what it starts from is kept already, where it was."""
-        self._last = trainer.global_step
+        self._last = self._step = trainer.global_step
         if self._random is not None:
             restore_random_states(self._random)
             self._random = None
+        if self.saves_at_end:
+            # A scheduler may send several. Lightning puts back what was there before the fit.
+            def after_this_step(number: int, frame: FrameType | None) -> None:
+                if not self._asked_to_end:
+                    _log.info("SIGTERM: saving after this step, then ending")
+                self._asked_to_end = True
+
+            signal.signal(signal.SIGTERM, after_this_step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After a step; at the last batch of an epoch, its end comes soon enough."""
-        step = trainer.global_step
-        if self.every is None or step == self._last or step % self.every or trainer.is_last_batch:
+        step, whole = trainer.global_step, trainer.global_step != self._step
+        self._step = step
+        if trainer.is_last_batch or not whole:
             return
-        self._save(trainer)
+        if self._asked_to_end:
+            self._save_and_end(trainer)
+        if self.every is not None and step != self._last and step % self.every == 0:
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation of the epoch is over."""
+        if self._asked_to_end:
+            self._save_and_end(trainer)
         self._save(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -94,6 +119,10 @@ class KeepCheckpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The generators go on when training does: what is set up before may draw."""
         self._random = checkpoint["random"]
+
+    def _save_and_end(self, trainer: L.Trainer) -> NoReturn:
+        self._save(trainer)
+        raise SystemExit(128 + signal.SIGTERM)
 
     def _save(self, trainer: L.Trainer) -> None:
         self._last = trainer.global_step

@@ -49,7 +49,7 @@ NODES = (
 )
 """Config nodes that name a class."""
 
-_NO_RESULT = ("resume", "outputs", "logger", "callbacks", "tournament", "table", "export")
+_NO_RESULT = ("resume", "sweep", "outputs", "logger", "callbacks", "tournament", "table", "export")
 """Config nodes on which no result depends."""
 
 

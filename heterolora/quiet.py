@@ -11,6 +11,7 @@ HINTS = (
     ".*Experiment logs directory .* exists and is not empty.*",  # it is the run's own folder
     ".*The dirpath has changed from.*",  # a resumed run writes to a folder of its own
     ".*It is recommended to use `self.log.*sync_dist=True.*",  # all processes log the same value
+    ".*`srun` command is available on your system but is not used.*",  # no matter of Lightning's
     ".*isinstance.treespec, LeafSpec.* is deprecated.*",  # Lightning's own use of torch
 )
 """Warnings of libraries that a user can do nothing about."""

@@ -159,7 +159,7 @@ def find_results(folder: Path, *more: Path) -> Found:
             status = read_json(path / "status.json", "DIR")
         except SettingError:  # a process died, or the disk was full
             status = {"state": "damaged"}
-        if status.get("state") not in ("finished", "planned", "continued"):
+        if status.get("state") not in ("finished", "planned", "continued", "skipped"):
             unfinished[str(path)] = str(status.get("state"))
         elif status["state"] == "finished" and (path / "summary.json").exists():  # a tournament's own log has none
             asked = status.get("overrides", [])
@@ -302,7 +302,8 @@ def _code(commit: str | None, versions: Mapping[str, str]) -> str:
 
 
 _NO_METHOD = frozenset(
-    {"seed", "resume", "outputs", "run", "logger", "tournament", "table", "export", "data.cache_dir", "data.root"}
+    {"seed", "resume", "outputs", "run", "logger", "sweep", "tournament", "table", "export"}
+    | {"data.cache_dir", "data.root"}
 )
 """Values that tell no method from another; seeds are repetitions."""
 
@@ -343,7 +344,8 @@ def _names_in_section(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any],
     given = {text.partition("=")[0].lstrip("+~") for _, _, overrides in runs for text in overrides}
     flat = [_flat(config, config.get("seed"), given=given) for _, config, _ in runs]
     configs = [json.dumps(row, sort_keys=True, default=str) for row in flat]
-    choices = [{key: value for key, value in chosen.items() if key not in _APART} for chosen, _, _ in runs]
+    named = [{"method": chosen.get("method"), **chosen} for chosen, _, _ in runs]  # that name says it all
+    choices = [{key: value for key, value in chosen.items() if key not in _APART} for chosen in named]
     user = [{key: value for key, value in row.items() if key in given} for row in flat]
     names: list[list[str]] = [[] for _ in runs]
     known: list[tuple[str, ...]] = [() for _ in runs]

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import shutil
 import socket
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,10 @@ _log = logging.getLogger(__name__)
 
 STATUS = "status.json"
 
-_DONE = ("finished", "continued")
+ATTEMPTS = "attempts"
+"""Folder in a run's folder, for what earlier attempts at the same run left there."""
+
+_DONE = ("finished", "continued", "skipped")
 
 
 @dataclass(frozen=True)
@@ -34,25 +39,101 @@ class Resume:
     checkpoint: Path
 
 
-def find_resume(config: Mapping[str, Any], folder: Path) -> Resume | None:
-    """The run to go on with, if the config asks for one; None: start from the beginning.
+def find_resume(config: Mapping[str, Any], folder: Path, scope: Path | None = None) -> Resume | None:
+    """The run to go on with, if there is one to be asked for; None: start from the beginning.
+
+    An earlier attempt in the run's own folder comes first.
 
     Args:
         config: the resolved config; ``resume`` is true, false or a folder.
         folder: of the run that is about to start.
+        scope: of a sweep that is gone on with: where its jobs are.
 
     Raises:
         SettingError: if the given run had another config, is finished or at work, or its checkpoints are all damaged.
     """
     asked = config["resume"]
+    wanted = config_hash(config)
+    for attempt in _numbered(folder, newest_first=True):
+        if (found := _of_attempt(attempt, wanted)) is not None:
+            return found
+    if scope is not None:
+        return _newest(scope, folder, wanted)
     if asked is False:
         return None
-    wanted = config_hash(config)
     if asked is True:
         return _newest(Path(config["outputs"]), folder, wanted)
     if not isinstance(asked, str):
         raise SettingError("resume", asked, "true, false or the folder of a run")
     return _given(Path(asked).expanduser(), wanted)
+
+
+def _of_attempt(attempt: Path, wanted: str) -> Resume | None:
+    """What an earlier attempt in this folder leaves to go on from."""
+    checkpoint, wrong = newest_good(attempt, wanted)
+    _say(attempt, wrong)
+    if checkpoint is None:
+        return None
+    _log.info("going on from %s", checkpoint)
+    return Resume(attempt, checkpoint)
+
+
+def make_room(folder: Path, restart: bool) -> bool:
+    """Put what an earlier attempt at a run left in its folder aside, for another one.
+
+    Args:
+        folder: the run's.
+        restart: whether this is asked for, as with a sweep that is gone on with; a job that its scheduler starts again
+            always is.
+
+    Returns:
+        Whether the run in the folder is finished; otherwise there is room.
+
+    Raises:
+        SettingError: if the folder holds a run that is not this job's to go on with, or that is at work.
+    """
+    torn = next(folder.glob(f"{ATTEMPTS}/.*"), None)  # who put things there was stopped halfway
+    if not (folder / STATUS).exists():
+        if torn is not None:
+            torn.rename(torn.with_name(torn.name[1:]))
+        return False
+    try:
+        status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status = {}
+    again = status.get("job") is not None and status.get("job") == this_process()["job"]
+    if not (restart or again):
+        raise SettingError("hydra.run.dir", folder, "holds another run; give a new folder")
+    if status.get("state") == "finished":
+        return True
+    if not again and is_running(status):
+        raise SettingError("sweep.resume", True, f"{folder} is still at work ({_where(status)})")
+    number = 1 + max((int(path.name) for path in _numbered(folder)), default=0)
+    aside = torn or folder / ATTEMPTS / f".{number}"
+    aside.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == STATUS):  # last, what says that there is more
+        if path.name not in (ATTEMPTS, ".hydra") and path.suffix != ".log":
+            path.rename(aside / path.name)
+    aside.rename(aside.with_name(aside.name[1:]))  # whole, or not there
+    return False
+
+
+def _numbered(folder: Path, newest_first: bool = False) -> list[Path]:
+    """Earlier attempts, by number."""
+    found = [path for path in folder.glob(f"{ATTEMPTS}/*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name), reverse=newest_first)
+
+
+def find_finished(scope: Path, wanted: str) -> Path | None:
+    """A run with this config hash that a sweep's folder holds already."""
+    for path in sorted(scope.glob(f"*/{STATUS}")):
+        try:
+            status = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if status.get("config_hash") == wanted and status.get("state") == "finished":
+            return path.parent
+    return None
 
 
 def _newest(outputs: Path, folder: Path, wanted: str) -> Resume | None:
@@ -111,17 +192,41 @@ def _is_unfinished(status_file: Path, wanted: str) -> bool:
 
 
 def this_process() -> dict[str, Any]:
-    """What tells this process from all others, also from a later one with its number."""
-    return {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid())}
+    """What tells this process from all others, also from a later one with its number.
+
+    ``job`` is its name in a queue, where a queue started it: that stays when the job is queued again.
+    """
+    job = None
+    if "SLURM_JOB_ID" in os.environ:
+        job = f"SLURM {os.environ['SLURM_JOB_ID']}"
+    elif "SUBMITIT_LOCAL_JOB_ID" in os.environ:
+        job = f"submitit {socket.gethostname()} {os.environ['SUBMITIT_LOCAL_JOB_ID']}"
+    return {"pid": os.getpid(), "host": socket.gethostname(), "born": _born(os.getpid()), "job": job}
 
 
 def is_running(status: Mapping[str, Any]) -> bool:
-    """Whether another process of this machine is at it; this process runs one job at a time."""
-    here = status.get("state") == "running" and status.get("host") == socket.gethostname()
-    if not here or status["pid"] == os.getpid() or not _alive(status["pid"]):
+    """Whether another process is at it: one of this machine, or a job that SLURM has not ended."""
+    if status.get("state") != "running":
+        return False
+    if status.get("host") != socket.gethostname():
+        return _in_queue(str(status.get("job")))
+    if status["pid"] == os.getpid() or not _alive(status["pid"]):
         return False
     born = status.get("born")
     return born is None or born == _born(status["pid"])
+
+
+def _in_queue(job: str) -> bool:
+    """Whether SLURM runs a job, or will; false where there is no SLURM to ask."""
+    name, _, number = job.partition(" ")
+    if name != "SLURM" or shutil.which("squeue") is None:
+        return False
+    asked = subprocess.run(["squeue", "--noheader", f"--jobs={number}"], capture_output=True, text=True, check=False)
+    return asked.returncode == 0 and bool(asked.stdout.strip())
+
+
+def _where(status: Mapping[str, Any]) -> str:
+    return status.get("job") or f"process {status.get('pid')} on {status.get('host')}"
 
 
 def _alive(pid: int) -> bool:

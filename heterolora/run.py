@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -30,8 +31,8 @@ from heterolora.parts import NODES, Parts, config_hash, make_parts
 from heterolora.processes import ALONE, Processes, joined, listening, waiting
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
-from heterolora.report.files import write_json
-from heterolora.resume import STATUS, Resume, find_resume, mark_continued, this_process
+from heterolora.report.files import read_json, write_json
+from heterolora.resume import STATUS, Resume, find_finished, find_resume, make_room, mark_continued, this_process
 from heterolora.searching import Questions, run_search
 from heterolora.shipped import config_folder, option
 from heterolora.tables import TableSettings, table_of
@@ -69,7 +70,10 @@ def train(cfg: DictConfig) -> float:
     if place is not None and place.rank:
         _follow(cfg, choices, place)
         return math.nan
-    with _status(folder) as status:
+    scope, finished = _before(cfg, folder, hydra)
+    if finished:
+        return _first_metric(folder)
+    with _preemptible(place), _status(folder) as status:
         _check_choices(choices, hydra.overrides.task)
         config = _resolved(cfg)
         if config["tournament"] is not None:
@@ -80,10 +84,13 @@ def train(cfg: DictConfig) -> float:
         parts = make_parts(config, choices)
         status["config_hash"] = config_hash(config)
         status["overrides"] = list(hydra.overrides.task)
+        if (done := scope and find_finished(scope, status["config_hash"])) is not None:
+            status |= {"state": "skipped", "done_in": str(done)}
+            return _first_metric(done)
         write_json(folder / STATUS, status)
         with _together(parts, folder, place, hydra.mode == RunMode.MULTIRUN) as processes:
             status["processes"] = processes.size
-            _, resume = _shared(parts, config, folder, processes)
+            _, resume = _shared(parts, config, folder, processes, scope)
             if resume is not None:
                 status["resumed_from"] = str(resume.run)
             write_json(folder / STATUS, status)
@@ -96,6 +103,42 @@ def train(cfg: DictConfig) -> float:
         return math.nan
     first = parts.task.metrics[0]
     return float(summary["metrics"]["validation"][first])
+
+
+def _before(cfg: DictConfig, folder: Path, hydra: Any) -> tuple[Path | None, bool]:
+    """Make room in a job's folder.
+
+    Returns:
+        The folder of the sweep that is gone on with, if one is; and whether the job was finished before.
+
+    Raises:
+        RunFailed: if the folder holds something else.
+    """
+    swept = hydra.mode == RunMode.MULTIRUN
+    asked = cfg.sweep.resume
+    try:
+        if not isinstance(asked, bool) or (asked and not swept):
+            raise SettingError("sweep.resume", asked, "true or false, for sweeps (-m); one run has resume=true")
+        if not swept:
+            cfg.sweep.name = None  # it is in none
+        finished = make_room(folder, asked)
+        if finished:
+            config = _resolved(cfg)
+            if read_json(folder / STATUS, "sweep.resume").get("config_hash") != config_hash(config):
+                raise SettingError("sweep.name", cfg.sweep.name, f"{folder} holds a run with another config")
+            _log.info("%s is finished already", folder)
+    except SettingError as error:
+        raise RunFailed(str(error)) from error
+    return Path(hydra.sweep.dir) if asked else None, finished
+
+
+def _first_metric(folder: Path) -> float:
+    """Of a finished run, what it returned; NaN where that is not defined, or it has none, as a search."""
+    if not (folder / "summary.json").exists():
+        return math.nan
+    metrics = read_json(folder / "summary.json", "sweep.resume")["metrics"]["validation"]
+    first = next(iter(metrics.values()))
+    return math.nan if first is None else float(first)
 
 
 def _follow(cfg: DictConfig, choices: Mapping[str, Any], place: Place) -> None:
@@ -128,12 +171,12 @@ def _together(parts: Parts, folder: Path, place: Place | None, multirun: bool) -
     if place is None and (trainer.devices == 1 or parts.dry):
         yield ALONE
         return
-    if multirun:
+    if multirun and (place is None or "SUBMITIT_EXECUTOR" not in os.environ):
         raise SettingError(
             "trainer.devices",
             trainer.devices if place is None else f"{place.size}, by {place.starter}",
             "not in a sweep (-m), whose jobs would each start their processes by the sweep's own command: give one run "
-            "at a time",
+            "at a time, or hydra/launcher=submitit_slurm hydra.launcher.tasks_per_node=2",
         )
     if place is not None:
         with joined(place, trainer.uses_cuda()) as processes:
@@ -155,13 +198,15 @@ def _together(parts: Parts, folder: Path, place: Place | None, multirun: bool) -
         followers.end(finished)
 
 
-def _shared(parts: Parts, config: Mapping[str, Any], folder: Path, processes: Processes) -> tuple[Path, Resume | None]:
+def _shared(
+    parts: Parts, config: Mapping[str, Any], folder: Path, processes: Processes, scope: Path | None = None
+) -> tuple[Path, Resume | None]:
     """The run's folder, and the run to go on with, as the first process has them."""
     processes.check_equal("the config", config_hash(config))
 
     def find() -> tuple[Path, Resume | None]:
         look = processes.leads and not parts.dry
-        return folder.absolute(), find_resume(config, folder) if look else None
+        return folder.absolute(), find_resume(config, folder, scope) if look else None
 
     return processes.agreed(find, SettingError)
 
@@ -185,6 +230,9 @@ def search(cfg: DictConfig) -> None:
     folder, overrides = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
     choices = own_choices(hydra.runtime.choices)
     quieten()
+    scope, finished = _before(cfg, folder, hydra)
+    if finished:
+        return
     with _status(folder) as status:
         _check_choices(choices, overrides)
         config = _resolved(cfg)
@@ -204,7 +252,11 @@ def search(cfg: DictConfig) -> None:
             raise SettingError(
                 "allocation", choices.get("allocation"), "is for train.py; a search allocates once: static"
             )
+        status["config_hash"] = config_hash(config)
         status["overrides"] = overrides
+        if (done := scope and find_finished(scope, status["config_hash"])) is not None:
+            status |= {"state": "skipped", "done_in": str(done)}
+            return
         write_json(folder / STATUS, status)
         run_search(parts, config, folder, _questions(parts, config, overrides))
 
@@ -365,7 +417,7 @@ def own_choices(choices: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _status(folder: Path) -> Iterator[dict[str, Any]]:
-    """Keep ``status.json`` true: running, finished (or planned, after a dry run), failed or interrupted.
+    """Keep ``status.json`` true: running, finished (planned: a dry run; skipped), failed or interrupted.
 
     The file is made exclusively, so that two jobs cannot share a folder.
     """
@@ -406,7 +458,36 @@ def _status(folder: Path) -> Iterator[dict[str, Any]]:
         by_keyboard = isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
         end("interrupted", error="keyboard" if by_keyboard else f"SIGTERM or {type(error).__name__}")
         raise SystemExit(130 if by_keyboard else 143) from error
-    end("planned" if status["state"] == "planned" else "finished")
+    end(status["state"] if status["state"] in ("planned", "skipped") else "finished")
+
+
+@contextmanager
+def _preemptible(place: Place | None) -> Iterator[None]:
+    """A scheduler's signal that time is over ends the run as SIGTERM does, which saves; then the job is queued again.
+
+    What queues it is the handler that submitit has set before it called; nothing listens where there is none. Of
+    several processes the first queues the job at once, and it goes on from its last checkpoint.
+    """
+    queue_again = signal.getsignal(signal.SIGUSR2)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not callable(queue_again) or place is not None or not main_thread:
+        yield
+        return
+    asked: list[tuple[int, FrameType | None]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.append((number, frame))
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR2, note)
+    try:
+        yield
+    except SystemExit:
+        if asked:
+            queue_again(*asked[0])
+        raise
+    finally:
+        signal.signal(signal.SIGUSR2, queue_again)
 
 
 @contextmanager

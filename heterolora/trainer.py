@@ -164,11 +164,8 @@ class TrainerSettings:
                 strategy=self._strategy(processes),
                 use_distributed_sampler=False,
                 gradient_clip_val=clip,
-                callbacks=[*callbacks, KeepCheckpoints(folder, self.checkpoint_every)],
-                plugins=[
-                    WholeFiles(),
-                    *([] if processes.alone else [LightningEnvironment()]),
-                ],  # none of SLURM's handlers
+                callbacks=[*callbacks, KeepCheckpoints(folder, self.checkpoint_every, processes.alone)],
+                plugins=[WholeFiles(), LightningEnvironment()],  # none of SLURM's handlers, nor its hints
                 logger=logger,
                 default_root_dir=folder,
                 deterministic=True,

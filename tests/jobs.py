@@ -3,6 +3,8 @@
 import errno
 import json
 import math
+import signal
+import time
 from pathlib import Path
 
 import lightning as L
@@ -98,6 +100,45 @@ class StopBefore(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if (trainer.current_epoch, batch_idx) == self.place:
             raise RuntimeError("broken off by the test")
+
+
+class SignalAt(L.Callback):
+    """Sends this process a signal in the middle of a batch.
+
+    Args:
+        epoch: the epoch, from 0.
+        batch: the batch in it, from 0.
+        number: of the signal.
+    """
+
+    def __init__(self, epoch: int, batch: int, number: int) -> None:
+        self.place, self.number = (epoch, batch), number
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if (trainer.current_epoch, trainer.fit_loop.batch_idx) == self.place and trainer.training:
+            signal.raise_signal(self.number)
+
+
+class WaitFor(L.Callback):
+    """Makes a file before a batch, and waits there until another one is made.
+
+    Args:
+        seed: of the run that does.
+        epoch: the epoch, from 0.
+        batch: the batch in it, from 0.
+        folder: of both files: ``SEED.here`` and ``SEED.go``.
+    """
+
+    def __init__(self, seed: list[int], epoch: int, batch: int, folder: str) -> None:
+        self.seeds, self.place, self.folder = seed, (epoch, batch), Path(folder)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        seed = pl_module.seed
+        if seed in self.seeds and (trainer.current_epoch, batch_idx) == self.place:
+            (self.folder / f"{seed}.here").touch()
+            until = time.monotonic() + 120
+            while not (self.folder / f"{seed}.go").exists() and time.monotonic() < until:
+                time.sleep(0.05)
 
 
 class FullDisk(L.Callback):

@@ -64,7 +64,8 @@ def test_files_were_found():
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_only_run_and_its_callback_import_hydra(path):
     if module_name(path) not in ("heterolora.run", "heterolora.multirun"):
-        assert not top(imports(path)) & {"hydra", "omegaconf"}
+        configs = {"omegaconf"} if module_name(path) == "heterolora.names" else set()  # what a config may say
+        assert not top(imports(path)) & {"hydra", "omegaconf"} - configs
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -1,7 +1,9 @@
 """Going on after a crash: the same bits, whatever was lost, and only from what is whole."""
 
+import json
 import logging
 import random
+import signal
 
 import lightning as L
 import numpy as np
@@ -12,8 +14,8 @@ from benchmarks.crash_test import main as crash_test
 from benchmarks.crash_test import what_came_out
 from heterolora.checkpoints import FOLDER, digest_of, newest_first, newest_good, random_states, restore_random_states
 from heterolora.resume import is_running, this_process
-from heterolora.run import RunFailed
-from tests.jobs import StopBefore, run_job
+from heterolora.run import RunFailed, train
+from tests.jobs import SignalAt, StopBefore, prepare, run_job
 
 pytestmark = pytest.mark.medium
 
@@ -64,6 +66,72 @@ def test_gradients_of_several_batches_make_a_step_after_a_resume_too(tmp_path):
         break_off(tmp_path / f"{batch}", *settings, *stop(1, batch))
         run_job(tmp_path / f"{batch}_on", *settings, f"resume={tmp_path}/{batch}")
         assert what_came_out(tmp_path / f"{batch}_on") == what_came_out(tmp_path / "whole")
+
+
+def signalled(epoch, batch, number=signal.SIGTERM):
+    return [
+        f"+callbacks.signal._target_={SignalAt.__module__}.SignalAt",
+        f"+callbacks.signal.epoch={epoch}",
+        f"+callbacks.signal.batch={batch}",
+        f"+callbacks.signal.number={int(number)}",
+    ]
+
+
+@pytest.mark.parametrize("place", [(0, 2), (1, 5), (2, 4)], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_that_is_asked_to_end_saves_first(tmp_path, place, accumulate):
+    settings = [*STATIC, "trainer.checkpoint_every=null", f"trainer.accumulate={accumulate}"]
+    run_job(tmp_path / "whole", *settings)
+    with pytest.raises(SystemExit) as ended:
+        run_job(tmp_path / "first", *settings, *signalled(*place))
+    assert ended.value.code == 143
+    batches = place[0] * 6 + place[1] + 1
+    newest = next(newest_first(tmp_path / "first" / FOLDER))
+    assert newest.stem == f"step_{-(-batches // accumulate):08d}"  # the step that was under way
+    run_job(tmp_path / "second", *settings, "resume=true")
+    assert what_came_out(tmp_path / "second") == what_came_out(tmp_path / "whole")
+
+
+def test_what_a_scheduler_preempts_is_queued_after_it_has_saved_and_goes_on_in_its_folder(
+    tmp_path, whole, monkeypatch, caplog
+):
+    class QueuedError(Exception):
+        pass
+
+    def queue(number, frame):
+        assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "interrupted"
+        raise QueuedError
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    before = signal.signal(signal.SIGUSR2, queue)
+    settings = [*STATIC, "trainer.checkpoint_every=null"]
+    try:
+        with pytest.raises(QueuedError):
+            run_job(tmp_path / "run", *settings, *signalled(1, 2, signal.SIGUSR2))
+        assert signal.getsignal(signal.SIGUSR2) is queue
+        with caplog.at_level(logging.INFO):
+            train(prepare(tmp_path / "run", *settings))  # the same folder
+        value = train(prepare(tmp_path / "run", *settings))  # queued once more, though it had finished
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert "step_00000009.ckpt" in caplog.text
+    assert what_came_out(tmp_path / "run") == whole
+    assert value == json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]["validation"]["accuracy"]
+    status = json.loads((tmp_path / "run" / "attempts" / "1" / "status.json").read_text())
+    assert status["state"] == "continued"
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    with pytest.raises(RunFailed, match="holds another run"):
+        train(prepare(tmp_path / "run", *settings))
+
+
+def test_an_attempt_that_was_put_aside_halfway_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    break_off(tmp_path / "run", *STATIC, *stop(1, 3))
+    (tmp_path / "run" / "attempts" / ".1").mkdir(parents=True)
+    (tmp_path / "run" / FOLDER).rename(tmp_path / "run" / "attempts" / ".1" / FOLDER)  # and then it was killed
+    train(prepare(tmp_path / "run", *STATIC))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["resumed_from"] == str(tmp_path / "run" / "attempts" / "1")
 
 
 def test_how_often_checkpoints_are_written_changes_nothing(tmp_path, whole):

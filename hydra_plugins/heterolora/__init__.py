@@ -1,0 +1,1 @@
+"""What heterolora adds to Hydra: launchers that lose no job, and a sweeper that asks Optuna."""
