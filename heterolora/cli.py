@@ -1,4 +1,4 @@
-"""``python -m heterolora sites | evaluate | predict | merge | table | report``: a backbone's sites, one run, many."""
+"""``python -m heterolora sites | evaluate | predict | merge | table | report | wandb``: a backbone, one run, many."""
 
 import argparse
 import json
@@ -70,6 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument("folders", nargs="+", metavar="DIR", type=Path, help="a run, or a folder with runs")
     report.add_argument("--output", type=Path, metavar="FILE.html", help="the page (default: report.html in DIR)")
     report.set_defaults(run=_report)
+
+    wandb = commands.add_parser("wandb", help="the W&B runs that were written offline below a folder")
+    wandb.add_argument("folder", metavar="DIR", type=Path, help="a run, a sweep or all outputs")
+    wandb.add_argument("--sync", action="store_true", help="upload those that the server does not have")
+    wandb.set_defaults(run=_wandb)
 
     given = parser.parse_args(arguments)
     try:
@@ -195,6 +200,19 @@ def _report(given: argparse.Namespace) -> None:
     for note in collected.notes:
         sys.stderr.write(f"{note}\n")
     sys.stdout.write(f"{path}\n")
+
+
+def _wandb(given: argparse.Namespace) -> None:
+    from heterolora.wandb_runs import find_wandb_runs, sync
+
+    runs = find_wandb_runs(given.folder)
+    for run in runs:
+        state = "synced" if run.synced else "offline"
+        sys.stdout.write(f"{state}  {run.id}  {run.group or '-'}  {run.name}  {run.folder}\n")
+    if given.sync:
+        sync(runs)
+    elif any(not run.synced for run in runs):
+        sys.stdout.write(f"to upload them: python -m heterolora wandb {given.folder} --sync\n")
 
 
 def _check_output(path: Path | None) -> None:

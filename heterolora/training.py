@@ -164,7 +164,8 @@ class _Run:
             self.resume is not None,
         )
         callbacks = [*parts.callbacks, *([] if allocating is None else [allocating])]
-        logger = parts.logger.open(self.folder, self.folder.name, self.config)
+        earlier = None if self.resume is None else self.resume.run
+        logger = parts.logger.open(self.folder, self.config, earlier)
         trainer = parts.trainer.make(self.folder, callbacks, logger, parts.optimizer.clip, self.processes)
         ckpt_path = None
         if self.resume is not None:
@@ -339,6 +340,8 @@ class _Run:
         allocation = result.allocation
         rows = self._write_findings(space, result.scores, self._scored_rows, allocation, backbone)
         self.parts.logger.log_allocation(SITE_COLUMNS, rows, self.folder / "allocation.png")
+        if isinstance(self.parts.allocation, Static):
+            self.parts.logger.log_decision(Decision(0, result.scores or {}, allocation.ranks, "static"))
         spent = f"{allocation.spent:,}" + ("" if allocation.budget is None else f" of {allocation.budget:,}")
         limit = "" if result.step_time is None else f" ({shown(result.step_time)})"
         _log.info("allocated %s parameters to %d of %d sites%s", spent, len(allocation.active), len(space.sites), limit)
@@ -347,6 +350,7 @@ class _Run:
         """Write a decision down at once."""
         if self.processes.leads:
             append_decision(self.folder / HISTORY, decision)
+            self.parts.logger.log_decision(decision)
 
     def _settle(self, module: LitAdapted, data: TextData, backbone: Backbone) -> None:
         """Training under changing allocations is over: the last one is the run's, and the history is drawn."""
@@ -371,7 +375,7 @@ class _Run:
         found = Allocation(ranks, spent, allowed, origin)
         self._write_findings(space, scores, rows, found, backbone.fingerprint, own)
         draw_history(space, history, self._title(), self.folder / HISTORY_PICTURE)
-        self.parts.logger.log_picture("allocation/history", self.folder / HISTORY_PICTURE)
+        self.parts.logger.log_history(history, self.folder / HISTORY_PICTURE)
 
     def _masked(self, model: AdaptedModel, backbone: Backbone) -> None:
         """A baseline may have masked units of rank, which it still holds: those that act are the run's allocation."""

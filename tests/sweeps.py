@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -62,6 +64,18 @@ class Sweep:
         for seed in seeds:
             (self._signs / f"{seed}.go").touch()
 
+    @property
+    def pid(self) -> int:
+        """Of the process that launches."""
+        return self._process.pid
+
+    def kill(self) -> None:
+        """As a machine that goes down does: this process and all that it started."""
+        for pid in [*_descendants(self.pid), self.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.communicate()
+
     def end(self, seconds: float = 240) -> tuple[int, str]:
         """Exit code and what was said."""
         try:
@@ -83,6 +97,12 @@ class Sweep:
         """Name -> status of every job that began."""
         paths = sorted(self.folder.glob("*/status.json"))
         return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def _descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return [*(later for child in found for later in _descendants(child)), *found]
 
 
 def until(ready: Callable[[], bool], seconds: float) -> None:

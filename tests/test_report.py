@@ -404,7 +404,7 @@ def test_an_evaluation_on_its_own_is_no_epoch(caplog):
 
 
 def test_csv_goes_to_the_runs_own_folder(tmp_path):
-    logger = Csv().open(tmp_path, "a name", {})
+    logger = Csv().open(tmp_path, {}, None)
     assert isinstance(logger, CSVLogger)
     logger.log_metrics({"validation/accuracy": 0.5}, step=3)
     logger.save()
@@ -412,7 +412,7 @@ def test_csv_goes_to_the_runs_own_folder(tmp_path):
 
 
 def test_no_logger_is_false_for_lightning(tmp_path):
-    assert Silent().open(tmp_path, "a name", {}) is False
+    assert Silent().open(tmp_path, {}, None) is False
     assert names(tmp_path) == []
 
 
@@ -425,4 +425,4 @@ def test_an_unknown_mode_of_wandb_is_refused():
 def test_wandb_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(SettingError, match=r"pip install 'heterolora\[wandb\]'"):
-        Wandb("project", None, None, "offline").open(tmp_path, "a name", {})
+        Wandb("project", None, None, "offline").open(tmp_path, {}, None)

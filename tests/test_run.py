@@ -314,18 +314,6 @@ def test_a_diverging_run_fails_and_says_what_to_change(tmp_path):
         run_job(tmp_path / "a", "optimizer.lr=1e30", "optimizer.clip=null")
 
 
-def test_wandb_writes_a_run_without_an_account(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    run_job(tmp_path / "a", "logger=wandb", "trainer.max_steps=2")
-    run_job(tmp_path / "b", "logger=wandb", "trainer.max_steps=2")
-    found = [list((tmp_path / run).glob("wandb/offline-run-*/run-*.wandb")) for run in "ab"]
-    assert [len(files) for files in found] == [1, 1]
-    assert found[0][0].name != found[1][0].name
-    media = tmp_path / "a" / "wandb"
-    assert list(media.glob("offline-run-*/files/media/table/allocation/sites*.json"))
-    assert list(media.glob("offline-run-*/files/media/images/allocation/picture*.png"))
-
-
 def test_a_proxy_from_outside_the_project(tmp_path):
     summary = run_job(tmp_path / "a", "proxy._target_=tests.test_run.ByLayer", "trainer.max_steps=2")
     scores = json.loads((tmp_path / "a" / "scores.json").read_text())["scores"]["spectral"]
