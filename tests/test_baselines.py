@@ -514,6 +514,7 @@ def test_adalora_refuses_to_resume(tmp_path):
 
 REFUSED = {
     "search_space=full": "search_space=.*shortcuts.*search_space=lora_all",
+    "search_space=lora_everything": "search_space=0.embed: an embedding.*exclude the role embed",
     "adapter=dora": "adapter=dora: with baseline=peft_lora: lora or rslora",
     "allocation=dynamic": "allocation=dynamic: with baseline=peft_lora: static",
     "trainer.compile=true": r"trainer\.compile=True: with baseline=peft_lora: false",

@@ -35,7 +35,20 @@ def test_every_task_is_in_the_table():
 
 @pytest.mark.parametrize(
     "group",
-    ["model", "task", "search_space", "adapter", "proxy", "allocator", "baseline", "budget", "logger", "experiment"],
+    [
+        "model",
+        "task",
+        "search_space",
+        "adapter",
+        "proxy",
+        "allocator",
+        "baseline",
+        "budget",
+        "logger",
+        "experiment",
+        "method",
+        "hydra/launcher",
+    ],
 )
 def test_the_readme_names_every_option(group):
     row = next(line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{group}` |"))

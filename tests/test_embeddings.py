@@ -379,3 +379,11 @@ def test_a_run_merges_and_loads(model, tmp_path):
     own = loaded.model.backbone.get_input_embeddings().weight
     assert torch.allclose(table, own + adapter.delta_weight().T, rtol=0, atol=1e-6)
     assert not torch.equal(table, own)
+
+
+@pytest.mark.medium
+@pytest.mark.parametrize("allocator", ["alora", "adalora", "gora", "para"])
+def test_schedules_that_look_into_adapters_take_ids_too(allocator, tmp_path):
+    everything = ["search_space=lora_everything", "budget=params", "budget.value=30000", "trainer.max_epochs=2"]
+    summary = run_job(tmp_path / "run", *everything, f"allocator={allocator}")
+    assert 0 < summary["parameters"]["held"] <= 30000

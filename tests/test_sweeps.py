@@ -55,7 +55,7 @@ def test_jobs_in_processes_of_their_own_give_the_same_bits_and_a_killed_one_stop
     done = sweep.results()
     assert 2 in done  # it had not begun, or went on
     assert done == {seed: undisturbed[seed] for seed in done}
-    again = Sweep(tmp_path, "hit", *LAUNCHERS[launcher], "seed=0,1,2", "sweep.resume=true")
+    again = Sweep(tmp_path, "hit", *LAUNCHERS[launcher], "seed=0,1,2", "sweep.resume=true", held_up=[1])
     again.release(1)
     code, said = again.end()
     assert code == 0, said
@@ -85,7 +85,7 @@ def test_a_sweep_whose_machine_went_down_goes_on_also_with_more_seeds(tmp_path, 
     code, said = Sweep(tmp_path, "hit", "seed=1,2").end()
     assert code == 1
     assert "sweep.resume=true goes on with it" in said
-    again = Sweep(tmp_path, "hit", "seed=0,1,2", "sweep.resume=true")  # what was job 0 is job 1 now
+    again = Sweep(tmp_path, "hit", "seed=0,1,2", "sweep.resume=true", held_up=[2])  # what was job 0 is job 1 now
     again.release(2)
     code, said = again.end()
     assert code == 0, said
@@ -93,7 +93,7 @@ def test_a_sweep_whose_machine_went_down_goes_on_also_with_more_seeds(tmp_path, 
     assert sorted(statuses(again)) == ["continued", "finished", "finished", "finished", "skipped"]
     assert pd.read_csv(again.folder / "table.csv")["n"].tolist() == [3]
     before = {path: path.stat().st_mtime_ns for path in again.folder.glob("*/summary.json")}
-    code, said = Sweep(tmp_path, "hit", "seed=0,1,2", "sweep.resume=true").end()
+    code, said = Sweep(tmp_path, "hit", "seed=0,1,2", "sweep.resume=true", held_up=[2]).end()
     assert code == 0, said
     assert {path: path.stat().st_mtime_ns for path in again.folder.glob("*/summary.json")} == before
 

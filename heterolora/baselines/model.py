@@ -66,7 +66,7 @@ class PeftBaseline(AdaptedModel):
         method: puts PEFT's modules into the backbone.
 
     Raises:
-        SettingError: if the space has shortcuts.
+        SettingError: if the space has shortcuts, or embeddings.
     """
 
     def __init__(self, backbone: Backbone, space: Space, family: AdapterFamily, method: Injects) -> None:
@@ -76,6 +76,12 @@ class PeftBaseline(AdaptedModel):
                 "search_space",
                 f"{len(shortcuts)} shortcuts ({shortcuts[0]}, ...)",
                 "PEFT has adapters at linear layers alone: search_space=lora_all, lora_attention or lora_qv",
+            )
+        if tables := [site.name for site in space.sites if site.lookup]:
+            raise SettingError(
+                "search_space",
+                tables[0],
+                "an embedding; the originals are compared on linear layers: exclude the role embed",
             )
         self.method = method
         self.steps = 0

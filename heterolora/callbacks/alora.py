@@ -17,6 +17,7 @@ from heterolora.callbacks.allocate import Decided, Found, Look, Search, same_bud
 from heterolora.callbacks.events import Events, check_any_units, check_switching
 from heterolora.cost import Cost
 from heterolora.errors import SettingError
+from heterolora.linear import reads
 from heterolora.lit import LitAdapted
 from heterolora.prefix import evaluating
 from heterolora.processes import Processes
@@ -157,7 +158,8 @@ class _Gated(nn.Module):
         self.gates = torch.ones(len(self.down)).to(self.down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return linear(linear(x.to(self.down.dtype), self.down) * (self.gates * self.scale), self.up)
+        source = x.to(self.down.dtype) if x.is_floating_point() else x
+        return linear(reads(source, self.down) * (self.gates * self.scale), self.up)
 
 
 @torch.no_grad()

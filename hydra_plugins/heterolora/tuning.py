@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_Trial = tuple[int, dict[str, Any]]
+"""Number and settings."""
+
 _HOPELESS = 5
 """Trials that may fail in a row, before any has succeeded."""
 
@@ -97,7 +100,12 @@ class Optuna(Sweeper):
         Raises:
             CompactHydraException: if there is nothing to search, or nothing works.
         """
-        import optuna
+        try:
+            import optuna
+        except ImportError as error:
+            raise CompactHydraException(
+                "hydra/sweeper=optuna: needs the package optuna: pip install 'heterolora[tune]'"
+            ) from error
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if self.config.run == "dry":
@@ -108,7 +116,6 @@ class Optuna(Sweeper):
         OmegaConf.save(self.config, folder / "multirun.yaml")
         study = optuna.create_study(
             storage=self.storage,
-            sampler=optuna.samplers.TPESampler(seed=self.seed, n_startup_trials=self.startup),
             study_name=self.study,
             direction="maximize" if self.direction == "maximize" else "minimize",
             load_if_exists=True,
@@ -118,7 +125,7 @@ class Optuna(Sweeper):
         failures: list[str] = []
         while True:
             while len(waiting) < self.at_once and len(study.trials) < self.trials:
-                waiting += _asked(study, space)
+                waiting += self._asked(study, space)
             if not waiting:
                 break
             batch, waiting = waiting[: self.at_once], waiting[self.at_once :]
@@ -158,6 +165,29 @@ class Optuna(Sweeper):
                     f"this asks for {_shown(space)}; give another name"
                 )
 
+    def _asked(self, study: "optuna.Study", space: "_Space") -> list[_Trial]:
+        """A new trial; none if one with the same settings is finished, whose value is this one's, too.
+
+        What is drawn follows from seed, number and what is known: a study that was broken off draws no number twice,
+        and commands that share it draw different ones.
+        """
+        from optuna.samplers import TPESampler
+
+        from heterolora.resume import this_process
+        from heterolora.seeds import derive
+
+        trial = study.ask()
+        trial.set_user_attr("process", {**this_process(), "state": "running"})
+        seed = derive(self.seed, "trial", trial.number) % 2**32
+        study.sampler = TPESampler(seed=seed, n_startup_trials=self.startup)
+        for key, distribution in space.items():
+            _draw(trial, key, distribution)
+        for other in _finished(study):
+            if other.params == trial.params:
+                study.tell(trial, other.value)
+                return []
+        return [(trial.number, trial.params)]
+
     def _conclude(self, study: "optuna.Study", folder: Path, failures: Sequence[str]) -> float:
         best, value = study.best_trial, study.best_value
         overrides = _overrides(best.params)
@@ -174,21 +204,15 @@ class Optuna(Sweeper):
         return value
 
 
-_Trial = tuple[int, dict[str, Any]]
-"""Number and settings."""
+def _draw(trial: "optuna.Trial", key: str, distribution: "optuna.distributions.BaseDistribution") -> None:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-
-def _asked(study: "optuna.Study", space: "_Space") -> list[_Trial]:
-    """A new trial; none if one with the same settings is finished, whose value is this one's, too."""
-    from heterolora.resume import this_process
-
-    trial = study.ask(space)
-    trial.set_user_attr("process", {**this_process(), "state": "running"})
-    for other in _finished(study):
-        if other.params == trial.params:
-            study.tell(trial, other.value)
-            return []
-    return [(trial.number, trial.params)]
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(key, distribution.choices)
+    elif isinstance(distribution, IntDistribution):
+        trial.suggest_int(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
+    elif isinstance(distribution, FloatDistribution):
+        trial.suggest_float(key, distribution.low, distribution.high, step=distribution.step, log=distribution.log)
 
 
 def _left_behind(study: "optuna.Study", space: "_Space") -> list[_Trial]:

@@ -103,6 +103,7 @@ def test_a_job_that_is_cancelled_while_it_runs_says_so_and_keeps_what_it_had(slu
     sweep.wait_for(1)
     main = ask(slurm, "squeue", "--noheader", "--format=%F").split()[0]
     ask(slurm, "scancel", f"{main}_1")
+    time.sleep(2)  # the signal has come, and waits for the step to end
     sweep.release(1)
     code, said = sweep.end()
     assert code == 1
