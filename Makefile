@@ -26,7 +26,7 @@ test-slow: $(VENV)/installed-dev
 
 # Debian's SLURM, where it is not installed (needs root); a cluster of one node, sweeps on it, and its end.
 slurm-test: $(VENV)/installed-dev
-	tests/slurm/install
+	.ci/install-slurm
 	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
 
 # Three methods, three seeds and a control under the rules of docs/protocol.md; it may be stopped and goes on.

@@ -1,7 +1,7 @@
 """A SLURM cluster of one node on this machine, for tests: ``python tests/slurm/cluster.py COMMAND ...`` runs one in it.
 
 Everything is in a folder of its own, on free ports, beside whatever else runs, and is stopped by its process ids.
-It needs root and Debian's packages ``slurm-wlm`` and ``munge`` (``tests/slurm/install``).
+It needs root and Debian's packages ``slurm-wlm`` and ``munge`` (``.ci/install-slurm``).
 """
 
 import os
@@ -146,6 +146,6 @@ def _until_quietly(ready: Callable[[], bool], seconds: float) -> bool:
 
 if __name__ == "__main__":
     if lacking := missing():
-        sys.exit(f"cluster: {', '.join(lacking)} missing: sudo tests/slurm/install")
+        sys.exit(f"cluster: {', '.join(lacking)} missing: sudo .ci/install-slurm")
     with cluster(os.cpu_count() or 1) as here:
         sys.exit(subprocess.run(sys.argv[1:], env=os.environ | here, check=False).returncode)
