@@ -105,7 +105,7 @@ def test_a_search_that_is_killed_goes_on_with_its_study(tmp_path):
     sweep = Sweep(tmp_path, "tuned", *options, held_up=[3])
     sweep.wait_for(3)
     sweep.kill()
-    again = Sweep(tmp_path, "tuned", *options, "sweep.resume=true")
+    again = Sweep(tmp_path, "tuned", *options, "sweep.resume=true", held_up=[3])
     again.release(3)
     code, said = again.end()
     assert code == 0, said

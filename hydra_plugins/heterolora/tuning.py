@@ -219,11 +219,11 @@ def _left_behind(study: "optuna.Study", space: "_Space") -> list[_Trial]:
     """Trials whose process is gone; they are this one's from now on."""
     import optuna
 
-    from heterolora.resume import is_running, this_process
+    from heterolora.resume import this_process
 
     found = []
     for frozen in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        if is_running(frozen.user_attrs.get("process", {})):
+        if not _is_gone(frozen.user_attrs.get("process", {})):
             continue
         if set(frozen.params) != set(space):  # it was gone before it had all its settings
             study.tell(frozen.number, state=optuna.trial.TrialState.FAIL)
@@ -231,6 +231,15 @@ def _left_behind(study: "optuna.Study", space: "_Space") -> list[_Trial]:
         optuna.trial.Trial(study, frozen._trial_id).set_user_attr("process", {**this_process(), "state": "running"})
         found.append((frozen.number, frozen.params))
     return found
+
+
+def _is_gone(process: Mapping[str, Any]) -> bool:
+    """Whether a command that was at a trial is at work no more; of another machine's only SLURM can say so."""
+    from heterolora.resume import is_running, this_process
+
+    here = this_process()
+    known = process.get("host") == here["host"] or str(process.get("job")).startswith("SLURM")
+    return not process or (known and not is_running(process))
 
 
 def _tell(study: "optuna.Study", batch: Sequence[_Trial], outcomes: Sequence[JobReturn]) -> list[str]:
