@@ -53,6 +53,7 @@ class Sweep:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def wait_for(self, *seeds: int) -> None:
@@ -68,6 +69,10 @@ class Sweep:
     def pid(self) -> int:
         """Of the process that launches."""
         return self._process.pid
+
+    def signal(self, number: int) -> None:
+        """To this process; from the keyboard (SIGINT) to all, as a terminal does."""
+        (os.killpg if number == signal.SIGINT else os.kill)(self.pid, number)
 
     def kill(self) -> None:
         """As a machine that goes down does: this process and all that it started."""

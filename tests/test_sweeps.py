@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import optuna
 import pandas as pd
@@ -61,6 +62,28 @@ def test_jobs_in_processes_of_their_own_give_the_same_bits_and_a_killed_one_stop
     assert code == 0, said
     assert again.results() == undisturbed
     assert "all runs" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "number"), [("joblib", signal.SIGINT), ("submitit_local", signal.SIGTERM)])
+def test_a_sweep_that_is_stopped_saves_and_leaves_nothing_running(tmp_path, undisturbed, launcher, number):
+    sweep = Sweep(tmp_path, "hit", *LAUNCHERS[launcher], "seed=0,1,2", held_up=[0, 1])
+    sweep.wait_for(0, 1)
+    pids = [status["pid"] for status in sweep.statuses().values()]
+    sweep.signal(number)
+    time.sleep(1)
+    sweep.release(0, 1)
+    code, said = sweep.end()
+    assert code == 128 + number, said
+    assert "Traceback" not in said
+    assert "sweep.name=hit sweep.resume=true goes on" in said
+    assert statuses(sweep) == ["interrupted", "interrupted"]  # the third did not begin
+    assert not [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+    assert len(list(sweep.folder.glob("*/checkpoints/step_00000009.ckpt"))) == 2  # saved in the middle of an epoch
+    again = Sweep(tmp_path, "hit", *LAUNCHERS[launcher], "seed=0,1,2", "sweep.resume=true", held_up=[0, 1])
+    code, said = again.end()
+    assert code == 0, said
+    assert again.results() == undisturbed
 
 
 @pytest.mark.slow

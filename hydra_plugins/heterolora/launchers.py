@@ -9,12 +9,14 @@ Hydra imports this whenever it starts, so everything heavy is imported where it 
 
 import logging
 import os
+import signal
 import subprocess
 import tempfile
+import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,34 @@ class _Job:
         return found
 
 
+class _Stop:
+    """Ctrl-C and SIGTERM while jobs run: what is to be done is done, once; the sweep ends when its jobs have.
+
+    A second signal ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.then: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> "_Stop":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: object) -> None:
+        if self.number is not None:
+            raise SystemExit(128 + number)
+        self.number = number
+        _log.warning("%s; once more ends the sweep at once", signal.Signals(number).name)
+        self.then()
+
+
 class WholeSweep(Launcher):
     """A launcher that returns when every job has ended, and says of each how."""
 
@@ -106,14 +136,18 @@ class WholeSweep(Launcher):
         ]
         names = {job.number: job.name for job in jobs}
         found: dict[int, JobReturn] = {}
-        for number, outcome in self.outcomes(jobs, folder):
-            found[number] = outcome
-            _say(f"{len(found)} of {len(jobs)}: #{number} {names[number]}", outcome)
+        with _Stop() as stop:
+            for number, outcome in self.outcomes(jobs, folder, stop):
+                found[number] = outcome
+                _say(f"{len(found)} of {len(jobs)}: #{number} {names[number]}", outcome)
+        if stop.number is not None and len(found) < len(jobs) + any(map(_failed, found.values())):
+            _log.warning("stopped; the same command with sweep.name=%s sweep.resume=true goes on", folder.name)
+            raise SystemExit(128 + stop.number)
         return [found[job.number] for job in jobs]
 
     @abstractmethod
-    def outcomes(self, jobs: Sequence[_Job], folder: Path) -> Iterator[tuple[int, JobReturn]]:
-        """Number and result of each job, as they end."""
+    def outcomes(self, jobs: Sequence[_Job], folder: Path, stop: _Stop) -> Iterator[tuple[int, JobReturn]]:
+        """Number and result of each job, as they end; once it is to stop, of those that had begun."""
 
     def divided(self, at_once: int) -> int:
         """Threads of each of so many jobs that share this machine.
@@ -133,8 +167,12 @@ class WholeSweep(Launcher):
         return max(1, cores // at_once)
 
 
+def _failed(outcome: JobReturn) -> bool:
+    return bool(outcome.status != JobStatus.COMPLETED)
+
+
 def _say(job: str, outcome: JobReturn) -> None:
-    if outcome.status != JobStatus.COMPLETED:
+    if _failed(outcome):
         _log.error("%s failed: %s", job, outcome._return_value)
     elif isinstance(value := outcome.return_value, float):
         _log.info("%s: validation %.4f", job, value)
@@ -152,7 +190,7 @@ class Joblib(WholeSweep):
     def __init__(self, n_jobs: int) -> None:
         self.n_jobs = n_jobs
 
-    def outcomes(self, jobs: Sequence[_Job], folder: Path) -> Iterator[tuple[int, JobReturn]]:
+    def outcomes(self, jobs: Sequence[_Job], folder: Path, stop: _Stop) -> Iterator[tuple[int, JobReturn]]:
         """A process that is killed takes its pool with it: what had begun is lost, the rest gets a new pool."""
         from joblib import Parallel, delayed, parallel_config
         from joblib.externals.loky.process_executor import BrokenProcessPool
@@ -161,9 +199,19 @@ class Joblib(WholeSweep):
         threads = self.divided(at_once)
         _log.info("%d jobs, %d at a time with %d threads each; %s", len(jobs), at_once, threads, folder)
         waiting = {job.number: job for job in jobs}
-        with tempfile.TemporaryDirectory() as marks:
+        with tempfile.TemporaryDirectory() as folder_of_marks:
+            marks = Path(folder_of_marks)
+
+            def ask_to_end() -> None:
+                (marks / _NO_MORE).touch()
+                for number in waiting:
+                    if (pid := _pid(marks / str(number))) is not None:
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGTERM)
+
+            stop.then = ask_to_end
             while waiting:
-                with parallel_config(backend="loky", inner_max_num_threads=threads):
+                with parallel_config(backend="loky", inner_max_num_threads=threads, initializer=_deaf_to_ctrl_c):
                     pool = Parallel(
                         n_jobs=at_once, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
                     )
@@ -171,9 +219,10 @@ class Joblib(WholeSweep):
                     try:
                         for number, outcome in results:
                             del waiting[number]
-                            yield number, outcome
+                            if outcome is not None:
+                                yield number, outcome
                     except BrokenProcessPool:
-                        begun = [number for number in waiting if (Path(marks) / str(number)).exists()]
+                        begun = [number for number in waiting if _pid(marks / str(number)) is not None]
                         for number in begun:
                             job = waiting.pop(number)
                             yield number, job.lost("a process of its pool was killed (out of memory?)")
@@ -181,13 +230,30 @@ class Joblib(WholeSweep):
                             raise
 
 
-def _marked(job: _Job, marks: str) -> tuple[int, JobReturn]:
-    """In a process of the pool: leave a mark that the job has begun, and run it."""
-    (Path(marks) / str(job.number)).touch()
+_NO_MORE = "no more"
+"""Name of the mark by which no further job begins."""
+
+
+def _deaf_to_ctrl_c() -> None:
+    """In a process of the pool: the terminal tells all, but the sweep's own process tells the jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _marked(job: _Job, marks: Path) -> tuple[int, JobReturn | None]:
+    """In a process of the pool: leave a mark that the job has begun, and run it; None: it may not begin."""
+    if (marks / _NO_MORE).exists():
+        return job.number, None
+    (marks / str(job.number)).write_text(str(os.getpid()))
     try:
         return job.number, job()
     except SystemExit as error:  # SIGTERM; it must not end the process, in which other jobs will run
         return job.number, job.lost(f"was stopped (exit code {error.code})")
+
+
+def _pid(mark: Path) -> int | None:
+    """Of the process that runs a job; None: it has not begun."""
+    text = mark.read_text() if mark.exists() else ""
+    return int(text) if text else None
 
 
 class SubmititLocal(WholeSweep):
@@ -217,7 +283,7 @@ class SubmititLocal(WholeSweep):
         self.parameters = {"timeout_min": timeout_min, "signal_delay_s": signal_delay_s}
         self.max_num_timeout = max_num_timeout
 
-    def outcomes(self, jobs: Sequence[_Job], folder: Path) -> Iterator[tuple[int, JobReturn]]:
+    def outcomes(self, jobs: Sequence[_Job], folder: Path, stop: _Stop) -> Iterator[tuple[int, JobReturn]]:
         """As many at a time as there is room for."""
         from submitit import LocalExecutor
 
@@ -230,6 +296,13 @@ class SubmititLocal(WholeSweep):
         _log.info("%d jobs, %d at a time with %d threads and %s; %s", len(jobs), at_once, threads, seen, folder)
         waiting, free = list(reversed(jobs)), list(reversed(self.devices))
         running: dict[int, tuple[_Job, Any, list[int]]] = {}
+
+        def ask_to_end() -> None:
+            waiting.clear()
+            for _, handle, _ in running.values():
+                handle._process.send_signal(signal.SIGTERM)  # which it passes on
+
+        stop.then = ask_to_end
         try:
             while waiting or running:
                 while waiting and len(running) < at_once:
@@ -237,7 +310,7 @@ class SubmititLocal(WholeSweep):
                     device = [free.pop()] if free else []
                     executor = LocalExecutor(self.folder, max_num_timeout=self.max_num_timeout)
                     executor.update_parameters(gpus_per_node=len(device), visible_gpus=device, **self.parameters)
-                    with _environment(OMP_NUM_THREADS=str(threads)):
+                    with _environment(OMP_NUM_THREADS=str(threads)), _no_ctrl_c():
                         running[job.number] = job, executor.submit(job), device
                 time.sleep(0.5)
                 for number, (job, handle, device) in list(running.items()):
@@ -246,8 +319,7 @@ class SubmititLocal(WholeSweep):
                         free += device
                         yield number, _outcome(job, handle, f"submitit {handle.job_id}")
         finally:
-            for _, handle, _ in running.values():
-                handle.cancel(check=False)
+            ask_to_end()
 
 
 _GENERAL = ("name", "nodes", "timeout_min", "cpus_per_task", "gpus_per_node", "tasks_per_node", "mem_gb")
@@ -277,7 +349,7 @@ class SubmititSlurm(WholeSweep):
         self.python = python
         self.parameters = {key: _plain(value) for key, value in parameters.items() if value is not None}
 
-    def outcomes(self, jobs: Sequence[_Job], folder: Path) -> Iterator[tuple[int, JobReturn]]:
+    def outcomes(self, jobs: Sequence[_Job], folder: Path, stop: _Stop) -> Iterator[tuple[int, JobReturn]]:
         """One array; each job is done when its result is there, or lost when the queue has it no more."""
         from submitit import AutoExecutor
         from submitit.core.utils import FailedJobError
@@ -296,23 +368,25 @@ class SubmititSlurm(WholeSweep):
         _log.info("%d jobs are SLURM's array %s; output in %s", len(jobs), main, Path(self.folder).parent)
         running = {handle.job_id: (job, handle) for job, handle in zip(jobs, handles, strict=True)}
         gone: set[str] = set()
-        try:
-            while running:
-                time.sleep(self.poll_s)
-                queued = _queued(main)
-                for name, (job, handle) in list(running.items()):
-                    ended = handle.paths.result_pickle.exists()
-                    if not ended and (queued is None or name in queued):
-                        gone.discard(name)
-                        continue
-                    if not ended and name not in gone:
-                        gone.add(name)  # between two states, or its result has not come through the network yet
-                        continue
-                    del running[name]
-                    yield job.number, _outcome(job, handle, f"SLURM {name}, {_state(name)}")
-        except KeyboardInterrupt:
-            _log.warning("%d jobs go on; scancel %s ends them, and sweep.resume=true goes on later", len(running), main)
-            raise
+
+        def leave() -> None:
+            _log.warning("SLURM goes on with %d jobs; scancel %s ends them", len(running), main)
+            raise SystemExit(128 + (stop.number or 0))
+
+        stop.then = leave
+        while running:
+            time.sleep(self.poll_s)
+            queued = _queued(main)
+            for name, (job, handle) in list(running.items()):
+                ended = handle.paths.result_pickle.exists()
+                if not ended and (queued is None or name in queued):
+                    gone.discard(name)
+                    continue
+                if not ended and name not in gone:
+                    gone.add(name)  # between two states, or its result has not come through the network yet
+                    continue
+                del running[name]
+                yield job.number, _outcome(job, handle, f"SLURM {name}, {_state(name)}")
 
 
 def _outcome(job: _Job, handle: Any, where: str) -> JobReturn:
@@ -355,6 +429,16 @@ def _plain(value: Any) -> Any:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+@contextmanager
+def _no_ctrl_c() -> Iterator[None]:
+    """What is started within is deaf to the terminal's signal; the sweep's own process tells it to end."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
