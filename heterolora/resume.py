@@ -106,8 +106,9 @@ def make_room(folder: Path, restart: bool) -> bool:
         raise SettingError("hydra.run.dir", folder, "holds another run; give a new folder")
     if status.get("state") == "finished":
         return True
-    if not again and is_running(status):
-        raise SettingError("sweep.resume", True, f"{folder} is still at work ({_where(status)})")
+    elsewhere = status.get("host") != socket.gethostname()
+    if is_running(status) and not (again and elsewhere):  # a queue starts a job on another machine when it is gone here
+        raise SettingError("hydra.run.dir", folder, f"is still at work ({_where(status)})")
     number = 1 + max((int(path.name) for path in _numbered(folder)), default=0)
     aside = torn or folder / ATTEMPTS / f".{number}"
     aside.mkdir(parents=True, exist_ok=True)

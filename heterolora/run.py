@@ -125,7 +125,7 @@ def _before(cfg: DictConfig, folder: Path, hydra: Any) -> tuple[Path | None, boo
         if finished:
             config = _resolved(cfg)
             if read_json(folder / STATUS, "sweep.resume").get("config_hash") != config_hash(config):
-                raise SettingError("sweep.name", cfg.sweep.name, f"{folder} holds a run with another config")
+                raise SettingError("hydra.run.dir", folder, "holds a finished run with another config")
             _log.info("%s is finished already", folder)
     except SettingError as error:
         raise RunFailed(str(error)) from error

@@ -4,6 +4,8 @@ import json
 import logging
 import random
 import signal
+import subprocess
+import sys
 
 import lightning as L
 import numpy as np
@@ -124,6 +126,36 @@ def test_what_a_scheduler_preempts_is_queued_after_it_has_saved_and_goes_on_in_i
         train(prepare(tmp_path / "run", *settings))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"job": "SLURM 7"}, "is still at work"),  # another process of the same job is at it, on this machine
+        ({"job": "SLURM 7", "host": "elsewhere"}, None),  # it was there before its node went down
+        ({"job": "SLURM 8", "host": "elsewhere"}, "holds another run"),
+        ({"job": None}, "holds another run"),
+    ],
+)
+def test_only_the_job_itself_goes_on_in_a_folder(tmp_path, monkeypatch, change, said):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        (tmp_path / "run").mkdir()
+        status = {"state": "running", **this_process(), "pid": other.pid, "born": None, **change}
+        (tmp_path / "run" / "status.json").write_text(json.dumps(status))
+        job = prepare(tmp_path / "run", *STATIC, "trainer.max_steps=1")
+        if said is None:
+            train(job)
+            assert (tmp_path / "run" / "attempts" / "1" / "status.json").exists()
+            with pytest.raises(RunFailed, match="a finished run with another config"):
+                train(prepare(tmp_path / "run", *STATIC, "trainer.max_steps=2"))
+        else:
+            with pytest.raises(RunFailed, match=said):
+                train(job)
+    finally:
+        other.kill()
+        other.wait()
+
+
 def test_an_attempt_that_was_put_aside_halfway_is_not_lost(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     break_off(tmp_path / "run", *STATIC, *stop(1, 3))
@@ -228,3 +260,17 @@ def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it():
 def test_runs_that_are_killed_end_as_those_that_are_not(capfd):
     assert crash_test(["--points", "3", "--seed", "7"]) == 0
     assert "3 of 3 identical" in capfd.readouterr().out
+
+
+def test_a_job_on_another_machine_is_at_work_while_slurm_has_it(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"
+    squeue.write_text('#!/bin/sh\n[ "$2" = --jobs=7 ] && echo 7 || { echo "Invalid job id" >&2; exit 1; }\n')
+    squeue.chmod(0o755)
+    there = {"state": "running", "host": "elsewhere", "pid": 1}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not is_running({**there, "job": "SLURM 7"})  # nobody to ask
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert is_running({**there, "job": "SLURM 7"})
+    assert not is_running({**there, "job": "SLURM 8"})
+    assert not is_running({**there, "job": None})
+    assert not is_running({**there, "job": "SLURM 7", "state": "interrupted"})

@@ -366,7 +366,8 @@ class SubmititSlurm(WholeSweep):
             raise CompactHydraException(f"hydra/launcher: SLURM refuses the sweep: {_line(error)}") from error
         main = handles[0].job_id.partition("_")[0]
         _log.info("%d jobs are SLURM's array %s; output in %s", len(jobs), main, Path(self.folder).parent)
-        running = {handle.job_id: (job, handle) for job, handle in zip(jobs, handles, strict=True)}
+        # Of several processes of a run, the first one has the result.
+        running = {handle.job_id: (job, handle.task(0)) for job, handle in zip(jobs, handles, strict=True)}
         gone: set[str] = set()
 
         def leave() -> None:
