@@ -89,7 +89,8 @@ def cluster(cpus: int = 2) -> Iterator[dict[str, str]]:
         key = folder / "munge" / "key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
-        config = _CONFIG.format(host=socket.gethostname(), folder=folder, ports=_free_ports(2), cpus=cpus)
+        host = socket.gethostname().partition(".")[0]  # by which slurmd finds its own line
+        config = _CONFIG.format(host=host, folder=folder, ports=_free_ports(2), cpus=cpus)
         (folder / "slurm.conf").write_text(config)
         places = (f"--{name}-file={folder}/munge/{name}" for name in ("key", "log", "pid", "seed"))
         start("munged", "--foreground", "--force", f"--socket={folder}/munge/socket", *places)
