@@ -149,6 +149,25 @@ def test_a_search_that_is_killed_goes_on_with_its_study(tmp_path):
     assert (first / "attempts" / "1").is_dir()  # it went on where it was
 
 
+@pytest.mark.slow
+def test_two_commands_share_a_study(tmp_path):
+    options = ["experiment=tune", "seed=3", "hydra.sweeper.trials=5", "trainer.max_epochs=2"]
+    first = Sweep(tmp_path, "shared", *options, held_up=[3])
+    first.wait_for(3)
+    second = Sweep(tmp_path, "shared", *options, "sweep.resume=true")  # is held up by nothing
+    code, said = second.end()
+    assert code == 0, said
+    assert "best of 4 finished trials" in said  # the first command is at the fifth
+    first.release(3)
+    code, said = first.end()
+    assert code == 0, said
+    assert "best of 5 finished trials" in said
+    study = optuna.load_study(study_name="shared", storage=f"sqlite:///{first.folder}/study.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 5
+    assert len({trial.params["optimizer.lr"] for trial in study.trials}) == 5
+    assert len({trial.user_attrs["process"]["pid"] for trial in study.trials}) == 2
+
+
 def refused(*overrides):
     done = subprocess.run(
         [sys.executable, "train.py", *TINY, *overrides], cwd=ROOT, capture_output=True, text=True, check=False
