@@ -147,7 +147,7 @@ def _newest(outputs: Path, folder: Path, wanted: str) -> Resume | None:
         if checkpoint is not None:
             _log.info("resuming %s", checkpoint)
             return Resume(run, checkpoint)
-    _log.info("resume=true: no unfinished run with this config has a checkpoint; starting anew")
+    _log.info("no unfinished run with this config has a checkpoint; starting anew")
     return None
 
 

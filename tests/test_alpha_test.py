@@ -66,7 +66,8 @@ class Told(Accuracy):
 
 def trained(architecture, include=("lora", "shortcut"), std=0.2, dtype=torch.float64):
     """A model that holds random adapters of rank 2 at every site, and batches whose labels it answers right."""
-    model = adapt(make_backbone(architecture, dtype=dtype), include, spans=(1, 2))
+    spans = (1,) if architecture in SEVERAL else (1, 2)  # these have many sites, and no block of theirs is skipped
+    model = adapt(make_backbone(architecture, dtype=dtype), include, spans=spans)
     model.enable({site.name: 2 for site in model.space.sites}, seed=0)
     randomise(model, std=std)
     batches = [make_batch(model.backbone, seed=seed) for seed in range(3, 3 + BATCHES)]
