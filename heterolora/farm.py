@@ -9,7 +9,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from heterolora.allocation import Allocation, read_ranks
 from heterolora.errors import ProcessLostError, SettingError
 from heterolora.export import NO_EXPORT
 from heterolora.parts import config_hash, make_parts
+from heterolora.provenance import code_version
 from heterolora.proxies.base import DegenerateScores
 from heterolora.quiet import quieten
 from heterolora.report.files import write_json
@@ -206,21 +206,6 @@ def _row(cell: Cell, outcome: Mapping[str, Any], commit: str | None) -> dict[str
         "commit": commit,
         "host": platform.node(),
     }
-
-
-def code_version() -> str | None:
-    """The commit of this package's own repository, with ``+`` if files were changed since; None: installed."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 # -- inside a worker ---------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from heterolora import __version__
@@ -14,6 +16,21 @@ def versions() -> dict[str, str]:
     """What results may depend on."""
     packages = {name: version(name) for name in ("torch", "transformers", "lightning")}
     return {"heterolora": __version__, "python": platform.python_version(), **packages}
+
+
+def code_version() -> str | None:
+    """The commit of this package's own repository, with ``+`` if files were changed since; None: installed."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def provenance(

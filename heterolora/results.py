@@ -274,7 +274,7 @@ def _from_runs(runs: Sequence[_Run]) -> list[Result]:
             section, held = section_name(choices), summary["parameters"]["held"]
             metrics, place = summary["metrics"], str(run.path)
             material = _material(summary["data"]["sha256"], summary["backbone"])
-            code, steps = _code(None, summary["versions"]), summary["steps"]
+            code, steps = _code(summary.get("commit"), summary["versions"]), summary["steps"]
             beyond = _beyond(summary["parameters"])
             results.append(Result(section, name, summary["seed"], metrics, held, steps, place, material, code, beyond))
     except (KeyError, TypeError) as error:

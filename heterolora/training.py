@@ -40,7 +40,7 @@ from heterolora.peft_in import start_from
 from heterolora.plan import planned
 from heterolora.prefix_cache import FrozenPrefix
 from heterolora.processes import ALONE, Processes
-from heterolora.provenance import provenance, versions
+from heterolora.provenance import code_version, provenance, versions
 from heterolora.proxies.base import DegenerateScores, Score, looks_at_batches
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.loggers import Silent
@@ -493,6 +493,7 @@ class _Run:
             "threads": torch.get_num_threads(),
             "processes": self.processes.size,
             "versions": versions(),
+            "commit": code_version(),
             "resumed_from": None if self.resume is None else str(self.resume.run),
             "folder": str(self.folder),
         }

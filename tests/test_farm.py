@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from heterolora.errors import ProcessLostError, SettingError
-from heterolora.farm import Cell, code_version, pending, run_cells
+from heterolora.farm import Cell, pending, run_cells
+from heterolora.provenance import code_version
 from heterolora.results import ROWS, RowFile
 from heterolora.run import composer
 from tests.jobs import TINY, prepare, train

@@ -21,10 +21,9 @@ from heterolora.build import build
 from heterolora.callbacks.progress import track
 from heterolora.data.module import TextData
 from heterolora.errors import SettingError
-from heterolora.farm import code_version
 from heterolora.lit import LitAdapted
 from heterolora.model import AdaptedModel
-from heterolora.provenance import versions
+from heterolora.provenance import code_version, versions
 from heterolora.proxies.base import DegenerateScores, Proxy, Score, check_scores, needs_trained
 from heterolora.proxies.evidence import Evidence, Statistic
 from heterolora.quiet import quieten

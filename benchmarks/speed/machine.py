@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from heterolora.calibration import cpu_model
-from heterolora.farm import code_version
+from heterolora.provenance import code_version
 
 ROOT = Path(__file__).parents[2]
 

@@ -334,6 +334,8 @@ class SubmititSlurm(WholeSweep):
     Args:
         submitit_folder: for submitit's files and the output of each job; all nodes must see it.
         poll_s: seconds between two looks at the queue.
+        grace_s: seconds for which the queue may have a job no more before it counts as lost: between two states it is
+            in neither, and results come through a network.
         max_num_timeout: how often a job may go on after its time was over.
         python: what runs a job; null: this interpreter.
         parameters: ``name``, ``partition``, ``timeout_min``, ``cpus_per_task``, ``mem_gb``, ``gpus_per_node``,
@@ -341,10 +343,17 @@ class SubmititSlurm(WholeSweep):
     """
 
     def __init__(
-        self, submitit_folder: str, poll_s: float, max_num_timeout: int, python: str | None, **parameters: Any
+        self,
+        submitit_folder: str,
+        poll_s: float,
+        grace_s: float,
+        max_num_timeout: int,
+        python: str | None,
+        **parameters: Any,
     ) -> None:
         self.folder = submitit_folder
         self.poll_s = poll_s
+        self.grace_s = grace_s
         self.max_num_timeout = max_num_timeout
         self.python = python
         self.parameters = {key: _plain(value) for key, value in parameters.items() if value is not None}
@@ -368,7 +377,8 @@ class SubmititSlurm(WholeSweep):
         _log.info("%d jobs are SLURM's array %s; output in %s", len(jobs), main, Path(self.folder).parent)
         # Of several processes of a run, the first one has the result.
         running = {handle.job_id: (job, handle.task(0)) for job, handle in zip(jobs, handles, strict=True)}
-        gone: set[str] = set()
+        gone: dict[str, float] = {}
+        """When the queue was first without a job."""
 
         def leave() -> None:
             _log.warning("SLURM goes on with %d jobs; scancel %s ends them", len(running), main)
@@ -381,10 +391,9 @@ class SubmititSlurm(WholeSweep):
             for name, (job, handle) in list(running.items()):
                 ended = handle.paths.result_pickle.exists()
                 if not ended and (queued is None or name in queued):
-                    gone.discard(name)
+                    gone.pop(name, None)
                     continue
-                if not ended and name not in gone:
-                    gone.add(name)  # between two states, or its result has not come through the network yet
+                if not ended and time.monotonic() - gone.setdefault(name, time.monotonic()) < self.grace_s:
                     continue
                 del running[name]
                 yield job.number, _outcome(job, handle, f"SLURM {name}, {_state(name)}")

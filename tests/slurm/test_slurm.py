@@ -20,6 +20,7 @@ LAUNCHER = (
     "hydra.launcher.cpus_per_task=1",
     "hydra.launcher.mem_gb=null",
     "hydra.launcher.poll_s=1",
+    "hydra.launcher.grace_s=2",
 )
 
 
