@@ -20,6 +20,7 @@ from heterolora.adapters.dora import Decomposed
 from heterolora.adapters.lora import LoRA
 from heterolora.backbone import fingerprint
 from heterolora.errors import SettingError
+from heterolora.linear import sharing
 from heterolora.model import AdaptedModel
 from heterolora.peft_config import CONFIG, WEIGHTS, adapter_config, module_of
 from heterolora.peft_files import Factors, peft_tensors
@@ -143,6 +144,8 @@ def export_peft(
             save_file(tensors, scratch / WEIGHTS, {"format": "pt"})
             difference, largest = _compare(model, scratch, parts, logits, fold_scale)
         found = _exported(model, parts, fold_scale, difference, largest)
+        for module, others in found.shared.items():
+            _log.warning("%s is the weight of %s, too: PEFT's merge_and_unload would change both", module, others)
         write_rest(
             scratch,
             model,
@@ -287,6 +290,7 @@ def _exported(
         difference=difference,
         largest=largest,
         dtype=str(next(model.backbone.parameters()).dtype).removeprefix("torch."),
+        shared={module: others for module in sorted(parts.modules) if (others := sharing(model.backbone, module))},
     )
 
 

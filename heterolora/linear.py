@@ -79,6 +79,16 @@ def outer(left: torch.Tensor, source: torch.Tensor, width: int) -> torch.Tensor:
     return left.new_zeros(width, left.shape[1]).index_add_(0, source, left).T
 
 
+def sharing(model: nn.Module, path: str) -> list[str]:
+    """Other modules that hold the very weight of the one at this path: to change it there would change them."""
+    module = model.get_submodule(path)
+    weight = getattr(module, "weight", None)
+    holders = (
+        name.rpartition(".")[0] for name, held in model.named_parameters(remove_duplicate=False) if held is weight
+    )
+    return sorted(name for name in set(holders) if model.get_submodule(name) is not module)
+
+
 @torch.no_grad()
 def frozen_weight(module: nn.Module) -> torch.Tensor:
     """The dense weight ``[out, in]`` of a linear layer of any make, or of an embedding, whose table is ``[in, out]``.

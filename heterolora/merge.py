@@ -16,6 +16,7 @@ from heterolora.backbone import Dtype
 from heterolora.data.module import encode
 from heterolora.errors import SettingError
 from heterolora.export import ExportError, agreement
+from heterolora.linear import sharing
 from heterolora.loading import LoadedRun
 from heterolora.peft_config import module_of
 from heterolora.peft_in import from_peft, merged_backbone
@@ -130,17 +131,13 @@ def _forget_quantiser(plain: Any) -> None:
 
 def _fold(plain: nn.Module, adapters: Mapping[str, Any]) -> None:
     """Give each layer a new weight; the old ones belong to the run."""
-    used: dict[int, list[str]] = {}
-    for name, parameter in plain.named_parameters(remove_duplicate=False):
-        used.setdefault(id(parameter), []).append(name)
     for path, adapter in adapters.items():
         module = plain.get_submodule(path)
         weight = getattr(module, "weight", None)
         if not (isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2):
             raise SettingError("RUN", path, f"{type(module).__name__} holds no plain weight to fold into")
-        owners = {name.rpartition(".")[0] for name in used[id(weight)]}
-        if len({id(plain.get_submodule(owner)) for owner in owners}) > 1:
-            raise SettingError("RUN", path, f"its weight is that of {sorted(owners - {path})}, too")
+        if others := sharing(plain, path):
+            raise SettingError("RUN", path, f"its weight is that of {others}, too")
         precise = torch.promote_types(weight.dtype, torch.float32)
         delta = adapter.delta_weight().to(precise)
         folded = weight.to(precise) + (delta.T if hasattr(module, "nx") or isinstance(module, nn.Embedding) else delta)

@@ -107,6 +107,8 @@ def read_adapter(folder: Path, setting: str) -> PeftAdapter:
             raise SettingError(
                 setting, path, f"holds {name}, which is no factor of a linear layer's LoRA, or of an embedding's"
             )
+    if both := sorted(module for module in lookups if f"{PREFIX}{module}.lora_A.weight" in tensors):
+        raise SettingError(setting, path, f"holds factors of a linear layer and of an embedding for {both[0]}")
     modules = {module: _factors(found, config, module, path, setting) for module, found in factors.items()}
     modules |= {module: replace(modules[module], lookup=True) for module in lookups}
     return PeftAdapter(config, {module: found for module, found in modules.items() if len(found.A)}, saved)

@@ -109,9 +109,15 @@ def _without_tables(adapter: PeftAdapter, backbone: Backbone, place: Path, setti
         for name in (f"{module}.base_layer.weight", f"{module}.weight"):
             if (table := saved.pop(name, None)) is not None:
                 own = dict(backbone.model.named_parameters()).get(f"{module}.weight")
-                if own is None or table.shape != own.shape or not torch.equal(table.to(own), own):
+                if own is None or table.shape != own.shape or not _equal(table, own):
                     raise SettingError(setting, place, f"stores another table at {module} than this backbone has")
     return replace(adapter, saved=saved)
+
+
+def _equal(stored: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether these are the same numbers, as far as the coarser type tells: PEFT stores what it trained in."""
+    coarser = min(stored.dtype, own.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(stored.to(coarser), own.to(coarser).to(stored.device))
 
 
 def _saved(adapter: PeftAdapter | None, rest: Rest | None) -> dict[str, torch.Tensor]:
@@ -205,6 +211,9 @@ def _by_site(
 
 
 def _check_shape(site: Site, factors: Factors, place: Path, setting: str) -> None:
+    if factors.lookup != site.lookup:  # PEFT itself would leave such factors out, and say nothing
+        given, kind = ("an embedding's", "a linear layer") if factors.lookup else ("a linear layer's", "an embedding")
+        raise SettingError(setting, place, f"holds {given} factors for {site.name}, which is {kind}")
     shapes = (factors.A.shape[1], factors.B.shape[0])
     if shapes != (site.in_features, site.out_features):
         raise SettingError(

@@ -42,6 +42,7 @@ from heterolora.prefix_cache import FrozenPrefix
 from heterolora.processes import ALONE, Processes
 from heterolora.provenance import code_version, provenance, versions
 from heterolora.proxies.base import DegenerateScores, Score, looks_at_batches
+from heterolora.proxies.evidence import check_ids
 from heterolora.report.files import write_json, write_text, write_whole
 from heterolora.report.loggers import Silent
 from heterolora.report.memory import peak_mib, reset_peak
@@ -141,6 +142,7 @@ class _Run:
         self._check_shards(backbone)
         rehearse(parts.allocator, budget, space, parts.adapter)
         if self._scored:
+            check_ids("proxy", self._proxy_name, parts.proxy.statistics, space.sites)
             check_trained({self._proxy_name: parts.proxy}, parts.probe, model)
         data = self.shelf.tokens(parts, given, material, backbone).among(self.processes)
         identity = {

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -20,6 +21,7 @@ from heterolora.linear import frozen_weight, outer, reads
 from heterolora.merge import merge
 from heterolora.model import AdaptedModel
 from heterolora.peft_in import from_peft
+from heterolora.run import RunFailed
 from heterolora.scoring import score
 from heterolora.several import Several
 from heterolora.shipped import default, option, options
@@ -27,6 +29,7 @@ from heterolora.space import SearchSpace, survey
 from tests.architectures import ARCHITECTURES, make_backbone, make_batch, shown
 from tests.conftest import randomise
 from tests.jobs import run_job
+from tests.surroundings import ALONE
 from tests.test_peft_in import backbone_of
 from tests.test_several import adapter_on, answer, head_of
 
@@ -387,3 +390,69 @@ def test_schedules_that_look_into_adapters_take_ids_too(allocator, tmp_path):
     everything = ["search_space=lora_everything", "budget=params", "budget.value=30000", "trainer.max_epochs=2"]
     summary = run_job(tmp_path / "run", *everything, f"allocator={allocator}")
     assert 0 < summary["parameters"]["held"] <= 30000
+
+
+@pytest.mark.parametrize("family", ["lora", "prolora", "tied_lora"])
+def test_factors_of_ids_are_as_large_as_those_of_vectors(family):
+    """What A reads: for an id, and for a vector of independent entries of variance 1."""
+    made = build(option("adapter", family), "adapter")
+    sites = of_words().space.sites
+    spread = {}
+    for site in (next(site for site in sites if site.lookup), next(site for site in sites if not site.lookup)):
+        source = torch.arange(site.in_features) if site.lookup else torch.randn(4000, site.in_features)
+        read = [reads(source, plain_factors(made.build(site, 8, seed, ALONE))[0]) for seed in range(20)]
+        spread[site.lookup] = float(torch.cat(read).std())
+    assert spread[True] == pytest.approx(3**-0.5, rel=0.1)
+    assert spread[False] == pytest.approx(3**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("lookup", [True, False])
+def test_factors_of_another_make_are_refused(lookup, tmp_path):
+    """PEFT leaves them out and says nothing."""
+    adapted = of_words(dtype=torch.float32)
+    words, first = word_site(adapted), next(site for site in adapted.space.sites if not site.lookup)
+    adapted.enable({words.name: 3, first.name: 3}, 0)
+    batch = make_batch(adapted.backbone)
+    export_peft(adapted, tmp_path / "out", lambda model: answer(model, batch), fold_scale=True)
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    given = load_file(path)
+    kinds = ["lora_{}.weight", "lora_embedding_{}"]
+    old, new = kinds if lookup else kinds[::-1]  # what is turned into what
+    turned = {}
+    for name, value in given.items():
+        for factor in "AB":
+            name = name.replace(old.format(factor), new.format(factor))
+        turned[name] = value
+    save_file(turned, path)
+    with pytest.raises(SettingError, match=r"factors for|another table|are no sites of this backbone"):
+        from_peft(backbone_of("bert"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "shared"), [("t5", True), ("bert", False)])
+def test_the_card_says_where_a_merge_by_peft_would_change_more(name, shared, tmp_path, caplog):
+    adapted = of_words(name, dtype=torch.float32)
+    batch = make_batch(adapted.backbone)
+    found = export_peft(adapted, tmp_path / "out", lambda model: answer(model, batch), fold_scale=True)
+    assert bool(found.shared) == shared
+    assert ("Do not merge with PEFT" in (tmp_path / "out" / "README.md").read_text()) == shared
+    assert ("merge_and_unload would change" in caplog.text) == shared
+
+
+def test_a_table_that_peft_stored_in_fewer_digits_is_the_same_one(tmp_path):
+    adapted = of_words(dtype=torch.float32)
+    batch = make_batch(adapted.backbone)
+    export_peft(adapted, tmp_path / "out", lambda model: answer(model, batch), fold_scale=True)
+    path = tmp_path / "out" / "adapter_model.safetensors"
+    own = adapted.backbone.bert.embeddings.word_embeddings.weight.detach()
+    name = "base_model.model.bert.embeddings.word_embeddings.base_layer.weight"
+    save_file({**load_file(path), name: own.bfloat16()}, path)
+    back = from_peft(backbone_of("bert"), tmp_path / "out")
+    assert torch.equal(answer(back, batch), answer(adapted, batch))
+    save_file({**load_file(path), name: (own + 0.1).bfloat16()}, path)
+    with pytest.raises(SettingError, match="another table"):
+        from_peft(backbone_of("bert"), tmp_path / "out")
+
+
+def test_a_dry_run_refuses_what_the_run_would(tmp_path):
+    with pytest.raises(RunFailed, match="proxy=eva: is computed from vectors"):
+        run_job(tmp_path / "run", "search_space=lora_everything", "proxy=eva", "run=dry")

@@ -63,9 +63,12 @@ class LoRA(Scaling):
     def build(self, site: Site, rank: int, seed: int, around: Surroundings) -> LowRank:
         """``A ~ U(-1/sqrt(in), 1/sqrt(in))``, ``B = 0`` (LoRA's initialisation), in float32 on the CPU.
 
+        At an embedding ``A ~ U(-1, 1)``: of the vector that an id stands for one number is not 0, so that ``A x`` is of
+        the size that it has at a linear layer whose inputs have variance 1.
+
         Row k of A is drawn from ``(seed, site, k)`` alone, so that two allocations differ only where ranks differ.
         """
-        rows = uniform_rows(rank, site.in_features, derive(seed, "adapter", site.name))
+        rows = uniform_rows(rank, site.in_features, derive(seed, "adapter", site.name), bound_at(site))
         return LowRank(rows, torch.zeros(site.out_features, rank), self.scale_at(site, rank), self.dropout)
 
     def probe(self, site: Site, rank: int, std: float, seed: int, around: Surroundings) -> LowRank:
@@ -76,6 +79,11 @@ class LoRA(Scaling):
     def cost(self, sites: Sequence[Site]) -> AdditiveCost:
         """``rank * (in + out)`` for each site."""
         return AdditiveCost({site.name: site.in_features + site.out_features for site in sites})
+
+
+def bound_at(site: Site) -> float:
+    """``1/sqrt(fan-in)``: the numbers of a source vector that are not 0, one of them where it stands for an id."""
+    return 1.0 if site.lookup else 1 / math.sqrt(site.in_features)
 
 
 def uniform_rows(rank: int, width: int, seed: int, bound: float | None = None) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """PRoLoRA (Wang et al., ACL 2024, arXiv 2402.16902): factors made of repeated, rotated chunks."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +10,7 @@ from torch import nn
 
 from heterolora.adapters.base import Surroundings, Switching, Tensors
 from heterolora.adapters.factored import Factored
-from heterolora.adapters.lora import uniform_rows
+from heterolora.adapters.lora import bound_at, uniform_rows
 from heterolora.adapters.scaling import Scaling
 from heterolora.cost import CurvedCost
 from heterolora.errors import SettingError
@@ -112,8 +111,8 @@ class PRoLoRA(Scaling):
         initialisation); both parts of B are 0.
         """
         own = min(self.unshared, rank)
-        bound = 1 / math.sqrt(site.in_features)
-        a = uniform_rows(own, site.in_features, derive(seed, "adapter", site.name))
+        bound = bound_at(site)
+        a = uniform_rows(own, site.in_features, derive(seed, "adapter", site.name), bound)
         m, n = self._parts(site)
         chunk = uniform_rows(rank - own, m, derive(seed, "adapter", "chunk", site.name), bound)
         zeros = torch.zeros(site.out_features, own), torch.zeros(n, rank - own)

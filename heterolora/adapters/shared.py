@@ -15,7 +15,7 @@ from torch import nn
 
 from heterolora.adapters.base import Surroundings, Switching, Tensors
 from heterolora.adapters.factored import Factored
-from heterolora.adapters.lora import uniform_rows
+from heterolora.adapters.lora import bound_at, uniform_rows
 from heterolora.adapters.scaling import Scaling
 from heterolora.cost import CurvedCost, SharedCost
 from heterolora.errors import SettingError
@@ -176,7 +176,7 @@ class TiedLoRA(Scaling):
         name = self._pool_of(site)
         if name not in around.made:
             largest = max([rank, *(r for other, r in around.ranks.items() if self._pool_of(other) == name)])
-            a = uniform_rows(largest, site.in_features, derive(seed, "shared", name, "A"))
+            a = uniform_rows(largest, site.in_features, derive(seed, "shared", name, "A"), bound_at(site))
             b = uniform_rows(largest, site.out_features, derive(seed, "shared", name, "B")).T.contiguous()
             if self.train_B:
                 b.zero_()

@@ -59,6 +59,7 @@ class Exported:
         difference: largest difference between PEFT's logits and ours; None: there is nothing that PEFT could load.
         largest: largest logit, for comparison.
         dtype: of the backbone, in which they were computed.
+        shared: path of a module -> others that hold its very weight, which a merge would change, too.
     """
 
     modules: Mapping[str, int]
@@ -70,6 +71,7 @@ class Exported:
     difference: float | None
     largest: float | None
     dtype: str
+    shared: Mapping[str, Sequence[str]]
 
 
 def hub_id(path: str | None) -> str | None:
@@ -203,6 +205,11 @@ def _limits(found: Exported, origin: Origin | None) -> str:
         lines.append(
             f"- Checked when written: logits of PEFT {version('peft')} differ from those of {against} by at most "
             f"{found.difference:.1e} (largest logit {found.largest:.3g}, one batch, {found.dtype})."
+        )
+    for module, others in found.shared.items():
+        lines.append(
+            f"- **Do not merge with PEFT** (`merge_and_unload`): the weight of `{module}` is that of "
+            f"{', '.join(f'`{other}`' for other in others)}, too, and the merged model is another function."
         )
     if found.dtype not in ("float32", "float64"):
         lines.append(
