@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -50,10 +51,13 @@ def test_a_multirun_with_the_flag_last_makes_one_complete_folder_a_job(tmp_path)
     assert done.returncode == 0, done.stderr
     folders = sorted(path.parent for path in tmp_path.glob("multirun/*/*/summary.json"))
     names = [folder.name for folder in folders]
-    assert names == [
+    assert [name.rpartition("_")[0] for name in names] == [
         f"{n}_rotten_tomatoes_{p}_s{s}"
         for n, (p, s) in enumerate((p, s) for p in ("snip", "grad_norm") for s in (0, 1))
     ]
+    marks = {name.rpartition("_")[2] for name in names}
+    assert len(marks) == 4, "what else was overridden is part of the name"
+    assert all(re.fullmatch("[0-9a-f]{6}", mark) for mark in marks)
     assert all((folder / "adapter.safetensors").exists() for folder in folders)
     table = pd.read_csv(folders[0].parent / "table.csv")
     assert list(zip(table["group"], table["n"], strict=True)) == [("proxy=snip", 2), ("proxy=grad_norm", 2)]
