@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 Compose: TypeAlias = Callable[[Sequence[str]], tuple[dict[str, Any], dict[str, Any]]]
 """Overrides -> resolved config, and group -> option."""
 
-METHOD = ("search_space", "proxy", "probe", "allocator", "budget", "allocation", "adapter")
+METHOD = ("search_space", "proxy", "probe", "allocator", "budget", "allocation", "adapter", "init")
 """What methods may change: where and how large adapters are, and what they are. All else is shared, so that they see
 the same data in the same order for the same steps; the learning rate is chosen for each by as many trials."""
 
