@@ -1,7 +1,7 @@
-"""The twins of the paper's tables beside the paper's own runs: ``python -m benchmarks.paper_twins SWEEP --write FILE``.
+"""The twins of the paper's tables beside its own runs: ``python -m benchmarks.paper_twins SWEEP --write FOLDER``.
 
-SWEEP is the folder of ``train.py experiment=paper_TASK_minilm``; the paper's runs are ``reference/results.csv`` below
-the data root (what its authors' logs hold).
+SWEEP is the folder of ``train.py experiment=paper_TASK_minilm``, or the ``runs.csv`` that this made of one; the paper's
+runs are ``reference/results.csv`` below the data root (what its authors' logs hold).
 """
 
 import argparse
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import stats  # type: ignore[import-untyped]
@@ -20,6 +21,7 @@ from heterolora.report.files import read_json, write_text
 PAPERS_RATES = {"mrpc": (2e-4, 2e-4), "rte": (4e-4, 2e-4), "sst2": (1e-4, 1e-4), "boolq": (2e-4, 2e-4)}
 """Task -> learning rate of LoRA alone, and of all else, in the paper's runs."""
 
+_ROW = ["method", "seed", "validation", "test", "active", "held", "task"]
 _EPOCHS = {"mrpc": 20, "rte": 20, "sst2": 10, "boolq": 20}
 _SEEDS = (0, 13, 42)
 
@@ -81,11 +83,16 @@ def papers(runs: pd.DataFrame, task: str) -> pd.DataFrame:
 
 
 def twins(sweep: Path) -> pd.DataFrame:
-    """The finished runs of a sweep: ``method, seed, validation, test`` (accuracy in %), ``active``, ``held``.
+    """The finished runs of a sweep: ``method, seed, validation, test`` (accuracy in %), ``active``, ``held``, ``task``.
+
+    Args:
+        sweep: its folder, or a file of such rows.
 
     Raises:
         SettingError: if there is none.
     """
+    if sweep.suffix == ".csv":
+        return _read_rows(sweep)
     rows = []
     for path in sorted(sweep.glob("*/summary.json")):
         summary = read_json(path, "SWEEP")
@@ -95,7 +102,25 @@ def twins(sweep: Path) -> pd.DataFrame:
         rows.append((*row, summary["choices"]["task"]))
     if not rows:
         raise SettingError("SWEEP", sweep, "holds no finished run of experiment=paper_TASK_minilm")
-    return pd.DataFrame(rows, columns=["method", "seed", "validation", "test", "active", "held", "task"])
+    found = pd.DataFrame(rows, columns=_ROW)
+    if others := sorted(set(found["method"]) - set(METHODS)):
+        raise SettingError("SWEEP", sweep, f"holds runs of method={others[0]}; those of the paper: {list(METHODS)}")
+    return found.sort_values(["method", "seed"], key=lambda column: column.map(_place), ignore_index=True)
+
+
+def _place(value: Any) -> int:
+    """Methods in the order of the table, seeds by number."""
+    return list(METHODS).index(value) if isinstance(value, str) else int(value)
+
+
+def _read_rows(path: Path) -> pd.DataFrame:
+    try:
+        found = pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise SettingError("SWEEP", path, f"cannot be read ({error})") from error
+    if list(found.columns) != _ROW or found.empty:
+        raise SettingError("SWEEP", path, f"has no rows of {', '.join(_ROW)}")
+    return found
 
 
 def mean_sd(values: Sequence[float]) -> str:
@@ -148,14 +173,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweep", metavar="SWEEP", type=Path)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("HETEROLORA_DATA", "../shared/data"))
-    parser.add_argument("--write", metavar="FILE.md", type=Path, help="file for it (default: stdout)")
+    parser.add_argument("--write", metavar="FOLDER", type=Path, help="for table.md and runs.csv (default: stdout)")
     given = parser.parse_args(arguments)
     reference = Path(given.data_root) / "reference" / "results.csv"
     try:
         if not reference.exists():
             raise SettingError("--data-root", given.data_root, "holds no reference/results.csv, the paper's runs")
         ours = twins(given.sweep)
-        (task,) = ours["task"].unique()
+        tasks = list(ours["task"].unique())
+        if len(tasks) > 1 or tasks[0] not in PAPERS_RATES:
+            raise SettingError("SWEEP", given.sweep, f"has runs on {tasks}; one task of {list(PAPERS_RATES)} at a time")
+        (task,) = tasks
         text = table(ours, papers(pd.read_csv(reference, low_memory=False), task))
     except SettingError as error:
         sys.stderr.write(f"{error}\n")
@@ -163,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.write is None:
         sys.stdout.write(text)
     else:
-        write_text(given.write, text)
+        given.write.mkdir(parents=True, exist_ok=True)
+        write_text(given.write / "table.md", text)
+        write_text(given.write / "runs.csv", ours.to_csv(index=False))
     return 0
 
 

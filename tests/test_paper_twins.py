@@ -78,6 +78,35 @@ def test_ours_are_what_the_runs_left(tmp_path, capsys, logs):
     assert lines[3].split("|")[2].strip() == "-"  # not run
 
 
+def test_the_table_is_made_again_from_its_rows(tmp_path, capsys, logs):
+    for method in ("combined_r8", "lora_r6"):
+        for seed in (13, 0):
+            leave(tmp_path / "sweep", method, seed, 0.7 + 0.01 * seed)
+    written = tmp_path / "written"
+    assert main([str(tmp_path / "sweep"), "--data-root", str(DATA), "--write", str(written)]) == 0
+    rows = pd.read_csv(written / "runs.csv")
+    assert list(zip(rows["method"], rows["seed"], strict=True)) == [
+        (method, seed) for method in ("lora_r6", "combined_r8") for seed in (0, 13)
+    ]
+    assert main([str(written / "runs.csv"), "--data-root", str(DATA)]) == 0
+    assert capsys.readouterr().out == (written / "table.md").read_text()
+
+
+def test_rows_of_something_else_are_refused(tmp_path, capsys, logs):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert main([str(tmp_path / "other.csv"), "--data-root", str(DATA)]) == 1
+    assert "has no rows of method, seed" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.csv"), "--data-root", str(DATA)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+    leave(tmp_path / "sweep", "lora_r6", 0, 0.7, "mrpc")
+    leave(tmp_path / "sweep", "lora_r6", 1, 0.7, "rte")
+    assert main([str(tmp_path / "sweep"), "--data-root", str(DATA)]) == 1
+    assert "one task of" in capsys.readouterr().err
+    leave(tmp_path / "others", None, 0, 0.7)
+    assert main([str(tmp_path / "others"), "--data-root", str(DATA)]) == 1
+    assert "holds runs of method=None" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_said(tmp_path, capsys, logs):
     assert main([str(tmp_path), "--data-root", str(DATA)]) == 1
     assert "holds no finished run" in capsys.readouterr().err
