@@ -11,10 +11,11 @@ import optuna
 import pandas as pd
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from heterolora.names import short
-from hydra_plugins.heterolora.tuning import _distribution
+from hydra_plugins.heterolora.tuning import Optuna, _distribution
 from tests.jobs import TINY, compose_job
 from tests.sweeps import ROOT, Sweep
 
@@ -208,6 +209,34 @@ def refused(*overrides):
 )
 def test_what_cannot_be_swept_is_said_in_one_line(tmp_path, overrides, said):
     assert said in refused(f"outputs={tmp_path}", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("storage", "reason"),
+    [
+        ("nonsense", "Could not parse"),
+        ("sqlite:////nonexistent/study.db", "unable to open database file"),
+        ("sqlite:///{folder}/text.db", "file is not a database"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_said_in_one_line(tmp_path, storage, reason):
+    (tmp_path / "text.db").write_text("no database, but a text of some length " * 5)
+    given = storage.format(folder=tmp_path)
+    with pytest.raises(CompactHydraException, match=reason) as caught:
+        study_of(given)._opened()
+    assert str(caught.value).startswith(f"hydra.sweeper.storage={given}: cannot be used")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_study_is_not_turned_round(tmp_path):
+    storage = f"sqlite:///{tmp_path}/study.db"
+    assert study_of(storage)._opened().direction.name == "MAXIMIZE"
+    with pytest.raises(CompactHydraException, match=r"direction=minimize: study a is to maximize"):
+        study_of(storage, "minimize")._opened()
+
+
+def study_of(storage, direction="maximize"):
+    return Optuna("a", storage, direction, trials=1, at_once=1, startup=0, seed=0, params=None)
 
 
 @pytest.mark.parametrize(

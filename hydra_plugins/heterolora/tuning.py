@@ -114,12 +114,7 @@ class Optuna(Sweeper):
         folder = Path(str(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
-        study = optuna.create_study(
-            storage=self.storage,
-            study_name=self.study,
-            direction="maximize" if self.direction == "maximize" else "minimize",
-            load_if_exists=True,
-        )
+        study = self._opened()
         self._check_space(study, space)
         waiting = _left_behind(study, space)
         failures: list[str] = []
@@ -155,6 +150,28 @@ class Optuna(Sweeper):
                 "hydra/sweeper=optuna: nothing to search; give proxy=snip,fisher, 'optimizer.lr=interval(1e-4,1e-2)'"
             )
         return fixed, space
+
+    def _opened(self) -> "optuna.Study":
+        """The study, made where there is none."""
+        import optuna
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            study = optuna.create_study(
+                storage=self.storage,
+                study_name=self.study,
+                direction="maximize" if self.direction == "maximize" else "minimize",
+                load_if_exists=True,
+            )
+        except (SQLAlchemyError, ImportError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise CompactHydraException(
+                f"hydra.sweeper.storage={self.storage}: cannot be used ({reason}); an address such as "
+                "sqlite:////folder/that/exists/study.db"
+            ) from error
+        if (found := study.direction.name.lower()) != self.direction:
+            raise CompactHydraException(f"hydra.sweeper.direction={self.direction}: study {self.study} is to {found}")
+        return study
 
     def _check_space(self, study: "optuna.Study", space: "_Space") -> None:
         """A study whose choices change half-way can be read by nobody."""
