@@ -125,3 +125,8 @@ def _close(answer: torch.Tensor, product: torch.Tensor, module: nn.Module) -> bo
     expected = product if bias is None else product + bias.to(product.dtype)
     scale = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return bool((answer - expected).abs().max() <= 10 * torch.finfo(expected.dtype).eps ** 0.5 * scale)
+
+
+def row_signs(rows: torch.Tensor) -> torch.Tensor:
+    """``[n, 1]``: what makes the largest entry of each row positive, so that a decomposition's signs are fixed."""
+    return torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True)).sign()

@@ -14,6 +14,7 @@ from heterolora.adapters.lora import uniform_rows
 from heterolora.adapters.scaling import Scaling
 from heterolora.cost import CurvedCost
 from heterolora.errors import SettingError
+from heterolora.linear import row_signs
 from heterolora.seeds import derive
 from heterolora.sites import Site
 
@@ -135,8 +136,8 @@ def truncated(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tens
     """
     u, s, vh = torch.linalg.svd(weight.detach().to("cpu", torch.float64), full_matrices=False)
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-    signs = torch.gather(u, 0, u.abs().argmax(0, keepdim=True)).sign()
-    return (s[:, None] * vh * signs.T).float(), (u * signs).float()
+    signs = row_signs(u.T)
+    return (s[:, None] * vh * signs).float(), (u * signs.T).float()
 
 
 def _normal_square(rank: int, std: float, seed: int) -> torch.Tensor:

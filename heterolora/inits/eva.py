@@ -7,6 +7,7 @@ import torch
 
 from heterolora.adapters.lora import LowRank
 from heterolora.errors import SettingError
+from heterolora.linear import row_signs
 from heterolora.proxies.evidence import InputMoments, Statistic, Values
 from heterolora.sites import Site
 
@@ -50,7 +51,7 @@ class EvaInit:
             raise SettingError(
                 "init", "eva", f"{site.name} reads fewer than {adapter.rank} components; more probe.batches, less rank"
             )
-        signs = torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True)).sign()
+        signs = row_signs(rows)
         if self.whiten:
             count = tokens.item()
             signs = signs / (variances * count).sqrt().sqrt()[:, None]

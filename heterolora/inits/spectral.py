@@ -9,6 +9,7 @@ import torch
 
 from heterolora.adapters.lora import LowRank, bound_at
 from heterolora.errors import SettingError
+from heterolora.linear import row_signs
 from heterolora.proxies.evidence import InputMoments, Statistic, TokenMapGradient, Values
 from heterolora.proxies.spectral import inverse_root
 from heterolora.sites import Site
@@ -74,7 +75,7 @@ class SpectralInit:
                 "more probe.batches, or less rank",
             )
         rows = rows[: adapter.rank] if root is None else rows[: adapter.rank] @ root
-        rows = rows * torch.gather(rows, 1, rows.abs().argmax(1, keepdim=True)).sign()
+        rows = rows * row_signs(rows)
         square = bound_at(site) ** 2 / 3  # the mean square of an entry of LoRA's own A
         if self.size == "norm" or moment is None:
             sizes = rows.norm(dim=1) / math.sqrt(square * site.in_features)
