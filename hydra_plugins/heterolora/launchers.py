@@ -191,44 +191,58 @@ class Joblib(WholeSweep):
         self.n_jobs = n_jobs
 
     def outcomes(self, jobs: Sequence[_Job], folder: Path, stop: _Stop) -> Iterator[tuple[int, JobReturn]]:
-        """A process that is killed takes its pool with it: what had begun is lost, the rest gets a new pool."""
-        from joblib import Parallel, delayed, parallel_config
-        from joblib.externals.loky.process_executor import BrokenProcessPool
+        """Each process is a pool of its own, as one that is killed takes its pool with it."""
+        from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+        from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
         at_once = min(len(jobs), _cores() if self.n_jobs == -1 else self.n_jobs)
         threads = self.divided(at_once)
         _log.info("%d jobs, %d at a time with %d threads each; %s", len(jobs), at_once, threads, folder)
-        waiting = {job.number: job for job in jobs}
+        limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADED}
+        waiting = list(reversed(jobs))
+        running: dict[Future[JobReturn | None], tuple[_Job, ProcessPoolExecutor]] = {}
+        free: list[ProcessPoolExecutor] = []
         with tempfile.TemporaryDirectory() as folder_of_marks:
             marks = Path(folder_of_marks)
 
             def ask_to_end() -> None:
                 (marks / _NO_MORE).touch()
-                for number in waiting:
-                    if (pid := _pid(marks / str(number))) is not None:
+                waiting.clear()
+                for job, _ in list(running.values()):
+                    if (pid := _pid(marks / str(job.number))) is not None:
                         with suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGTERM)
 
             stop.then = ask_to_end
-            while waiting:
-                with parallel_config(backend="loky", inner_max_num_threads=threads, initializer=_deaf_to_ctrl_c):
-                    pool = Parallel(
-                        n_jobs=at_once, return_as="generator_unordered", pre_dispatch="n_jobs", batch_size=1
-                    )
-                    results = pool(delayed(_marked)(job, marks) for job in list(waiting.values()))
-                    try:
-                        for number, outcome in results:
-                            del waiting[number]
-                            if outcome is not None:
-                                yield number, outcome
-                    except BrokenProcessPool:
-                        begun = [number for number in waiting if _pid(marks / str(number)) is not None]
-                        for number in begun:
-                            job = waiting.pop(number)
-                            yield number, job.lost("a process of its pool was killed (out of memory?)")
-                        if not begun:
-                            raise
+            try:
+                while waiting or running:
+                    while waiting and len(running) < at_once:
+                        job = waiting.pop()
+                        pool = next((pool for pool in free if not pool._flags.broken), None)
+                        if pool is None:
+                            pool = ProcessPoolExecutor(1, initializer=_deaf_to_ctrl_c, env=limits)
+                        else:
+                            free.remove(pool)
+                        running[pool.submit(_marked, job, marks)] = job, pool
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        job, pool = running.pop(future)
+                        try:
+                            outcome = future.result()
+                        except BrokenProcessPool:
+                            pool.shutdown(kill_workers=True)
+                            outcome = job.lost("its process was killed (out of memory?)")
+                        else:
+                            free.append(pool)
+                        if outcome is not None:
+                            yield job.number, outcome
+            finally:
+                for pool in [*free, *(pool for _, pool in running.values())]:
+                    pool.shutdown(kill_workers=True)
 
+
+_THREADED = ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR", "VECLIB_MAXIMUM")
+"""Libraries that take their number of threads from the environment."""
 
 _NO_MORE = "no more"
 """Name of the mark by which no further job begins."""
@@ -239,15 +253,15 @@ def _deaf_to_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _marked(job: _Job, marks: Path) -> tuple[int, JobReturn | None]:
+def _marked(job: _Job, marks: Path) -> JobReturn | None:
     """In a process of the pool: leave a mark that the job has begun, and run it; None: it may not begin."""
     if (marks / _NO_MORE).exists():
-        return job.number, None
+        return None
     (marks / str(job.number)).write_text(str(os.getpid()))
     try:
-        return job.number, job()
+        return job()
     except SystemExit as error:  # SIGTERM; it must not end the process, in which other jobs will run
-        return job.number, job.lost(f"was stopped (exit code {error.code})")
+        return job.lost(f"was stopped (exit code {error.code})")
 
 
 def _pid(mark: Path) -> int | None:
