@@ -195,11 +195,12 @@ class Joblib(WholeSweep):
         from concurrent.futures import FIRST_COMPLETED, Future, wait
 
         from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
+        from joblib.parallel import ParallelBackendBase
 
         at_once = min(len(jobs), _cores() if self.n_jobs == -1 else self.n_jobs)
         threads = self.divided(at_once)
         _log.info("%d jobs, %d at a time with %d threads each; %s", len(jobs), at_once, threads, folder)
-        limits = {f"{library}_NUM_THREADS": str(threads) for library in _THREADED}
+        limits = dict.fromkeys(ParallelBackendBase.MAX_NUM_THREADS_VARS, str(threads))
         waiting = list(reversed(jobs))
         running: dict[Future[JobReturn | None], tuple[_Job, ProcessPoolExecutor]] = {}
         free: list[ProcessPoolExecutor] = []
@@ -208,7 +209,6 @@ class Joblib(WholeSweep):
 
             def ask_to_end() -> None:
                 (marks / _NO_MORE).touch()
-                waiting.clear()
                 for job, _ in list(running.values()):
                     if (pid := _pid(marks / str(job.number))) is not None:
                         with suppress(ProcessLookupError):
@@ -219,11 +219,8 @@ class Joblib(WholeSweep):
                 while waiting or running:
                     while waiting and len(running) < at_once:
                         job = waiting.pop()
-                        pool = next((pool for pool in free if not pool._flags.broken), None)
-                        if pool is None:
-                            pool = ProcessPoolExecutor(1, initializer=_deaf_to_ctrl_c, env=limits)
-                        else:
-                            free.remove(pool)
+                        free = [pool for pool in free if not pool._flags.broken]  # an idle one may be killed too
+                        pool = free.pop() if free else ProcessPoolExecutor(1, initializer=_deaf_to_ctrl_c, env=limits)
                         running[pool.submit(_marked, job, marks)] = job, pool
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         job, pool = running.pop(future)
@@ -240,9 +237,6 @@ class Joblib(WholeSweep):
                 for pool in [*free, *(pool for _, pool in running.values())]:
                     pool.shutdown(kill_workers=True)
 
-
-_THREADED = ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR", "VECLIB_MAXIMUM")
-"""Libraries that take their number of threads from the environment."""
 
 _NO_MORE = "no more"
 """Name of the mark by which no further job begins."""
